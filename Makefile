@@ -1,0 +1,33 @@
+# make demo   train SSDLite on the sample data set and draw what it finds (about 15 minutes on a CPU)
+# make test   ruff and pytest
+
+PYTHON = .venv/bin/python
+RUN = demo/training
+
+.PHONY: demo test
+
+demo: .venv/installed
+	$(PYTHON) -m src.shapes demo/shapes --train 1000 --val 100 --seed 0
+	rm -rf $(RUN)
+	$(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone --amp \
+	  --epochs 8 --multistep 6 7 --batch-size 16 --lr 0.04 --num-workers 2 \
+	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
+	$(PYTHON) test_dataset.py --data-path demo/shapes --pretrained-model $(RUN)/ssdlite_best.pth \
+	  --num-workers 2 --output demo/predictions
+	@echo "The checkpoint is $(RUN)/ssdlite_best.pth; look at the pictures in demo/predictions,"
+	@echo "and at the curves with: .venv/bin/tensorboard --logdir $(RUN)/tensorboard"
+
+test: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PYTHON) -m pytest
+
+.venv/installed: requirements.txt
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements.txt requirements-dev.txt
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,72 @@
+"""What a user may ask of a script, and how a script answers when it cannot be done."""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its message names the value and the remedy, on one line."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, where `--save_folder` is as good as `--save-folder` and errors take one line."""
+
+    def parse_args(self, args=None):
+        """Parse `args` (default: the command line); exits with status 2 on a mistake."""
+        args = sys.argv[1:] if args is None else args
+        hyphens = []
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            hyphens.append(name.replace("_", "-") + equals + value if name[:2] == "--" else arg)
+        return super().parse_args(hyphens)
+
+    def error(self, message):
+        """Print one line and exit with status 2."""
+        sys.exit(_complain(f"{message} (see {self.prog} --help)"))
+
+
+def number(kind, low, high=math.inf):
+    """Return a parser of an int or float option that must lie in [low, high]."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and abs(value) < 1e18):
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: give {noun} {bounds}")
+        return value
+
+    return parse
+
+
+def make_writable(option, path):
+    """Make sure that a file can be written at `path`: its folder is made if the parent exists."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file's name")
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot make its folder ({error.strerror})") from error
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: may not be written; choose another place")
+
+
+def run(main):
+    """Call `main`; a UserError becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        # From a loader's worker the error arrives wrapped in that worker's traceback.
+        sys.exit(_complain(str(error).rsplit("UserError: ", 1)[-1].strip()))
+
+
+def _complain(message):
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,184 @@
+"""src.usage: options, and what a user sees of a mistake."""
+
+import os
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from src import usage
+from src.usage import UserError
+
+
+def parser():
+    p = usage.ArgumentParser(prog="prog")
+    p.add_argument("--save-folder", default="x")
+    p.add_argument("--input", nargs="+")
+    p.add_argument("--no-pretrained-backbone", action="store_true")
+    p.add_argument("--batch-size", type=usage.number(int, 1))
+    p.add_argument("--share", type=usage.number(float, 0, 1))
+    p.add_argument("folder", nargs="?")
+    return p
+
+
+def test_underscores_are_as_good_as_hyphens():
+    for spelt in (["--save_folder", "a_b"], ["--save_folder=a_b"], ["--save-folder", "a_b"]):
+        assert parser().parse_args(spelt).save_folder == "a_b"
+    assert parser().parse_args(["--no_pretrained_backbone"]).no_pretrained_backbone
+    assert parser().parse_args(["--no-pretrained_backbone"]).no_pretrained_backbone
+
+
+def test_values_keep_their_underscores():
+    args = parser().parse_args(
+        ["my_data", "--input", "a_b.jpg", "c_d=e_f", "_g", "--save-folder=p_q=r_s"]
+    )
+    assert args.folder == "my_data" and args.save_folder == "p_q=r_s"
+    assert args.input == ["a_b.jpg", "c_d=e_f", "_g"]
+
+
+def test_the_command_line_is_the_default(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prog", "--batch_size", "7"])
+    assert parser().parse_args().batch_size == 7
+
+
+def refused(arguments, capsys):
+    """What standard error says of a command line that must be refused."""
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert len(err.splitlines()) == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--batch-size", v) for v in ("0", "-1", "1.5", "nan", "inf", "four", "", "1e2")]
+    + [("--batch-size", "1" + "0" * 400), ("--batch-size", "1" * 5000)]
+    + [("--share", v) for v in ("-0.01", "1.01", "nan", "NaN", "inf", "-inf", "half", "")],
+)
+def test_numbers_out_of_bounds_take_one_line(capsys, option, value):
+    err = refused([f"{option}={value}"], capsys)
+    assert option in err and value in err and "--help" in err
+
+
+def test_numbers_within_bounds_are_numbers():
+    args = parser().parse_args(["--batch_size", "1", "--share", "0"])
+    assert (args.batch_size, args.share) == (1, 0.0) and type(args.batch_size) is int
+    assert parser().parse_args(["--share", "1"]).share == 1.0
+    assert usage.number(float, 0)("2.6e-3") == 2.6e-3
+    assert usage.number(int, 0)("1000000000") == 10**9
+
+
+def test_the_bounds_are_told(capsys):
+    assert "at least 1" in refused(["--batch-size", "0"], capsys)
+    assert "between 0 and 1" in refused(["--share", "2"], capsys)
+
+
+def test_unknown_option_and_missing_value_take_one_line(capsys):
+    assert "--colour" in refused(["--colour", "red"], capsys)
+    assert "--save-folder" in refused(["--save_folder"], capsys)
+
+
+def test_help_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--help"])
+    assert stop.value.code == 0 and "--save-folder" in capsys.readouterr().out
+
+
+# run
+
+
+def answer(main, capsys):
+    """Standard error of a `main` that must end with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        usage.run(main)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def test_a_users_error_is_one_line_and_status_2(capsys):
+    def main():
+        raise UserError("a.jpg: no such\npicture")
+
+    assert answer(main, capsys) == "error: a.jpg: no such picture\n"
+
+
+class Broken(Dataset):
+    """A data set of which one picture cannot be read."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            try:
+                raise ValueError("the cause")
+            except ValueError as error:
+                raise UserError("c.jpg: cannot be read (cut off): restore it") from error
+        return index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_error_in_a_loaders_worker_is_the_same_line(capfd, workers):
+    loader = DataLoader(Broken(), num_workers=workers)
+    assert (
+        answer(lambda: list(loader), capfd)
+        == "error: c.jpg: cannot be read (cut off): restore it\n"
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), SystemExit(130)])
+def test_other_exceptions_pass_through(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as passed:
+        usage.run(main)
+    assert passed.value is error and capsys.readouterr().err == ""
+
+
+def test_a_main_that_ends_well_says_nothing(capsys):
+    done = []
+    assert usage.run(lambda: done.append(1)) is None
+    assert done == [1] and capsys.readouterr() == ("", "")
+
+
+# make_writable
+
+
+def test_make_writable_makes_the_folder_and_no_file(tmp_path):
+    usage.make_writable("--output", tmp_path / "new" / "a.json")
+    usage.make_writable("--output", str(tmp_path / "b.json"))
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == []
+
+
+def test_make_writable_keeps_an_old_file(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    usage.make_writable("--output", tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_make_writable_refuses_what_cannot_be_a_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for path in ("folder", "file/a.json", "no/such/a.json", "file/deeper/a.json"):
+        with pytest.raises(UserError) as error:
+            usage.make_writable("--json", tmp_path / path)
+        assert str(error.value).startswith(f"--json {tmp_path / path}")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_make_writable_refuses_what_is_read_only(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (tmp_path / "a.json").write_text("")
+    (tmp_path / "a.json").chmod(0o400)
+    tmp_path.chmod(0o500)
+    try:
+        for name in ("a.json", "b.json", "new/c.json"):
+            with pytest.raises(UserError, match=name):
+                usage.make_writable("--json", tmp_path / name)
+    finally:
+        tmp_path.chmod(0o700)
