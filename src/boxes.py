@@ -1,0 +1,171 @@
+"""Default boxes, and the Encoder: matching before training, decoding with NMS after the network.
+
+All boxes are relative to the picture, in [0, 1]: `default_boxes` as cxcywh, objects as xyxy.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torchvision.ops import nms
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Where a model's default boxes lie, in pixels of a 300 x 300 picture (SSD section 2.2)."""
+
+    maps: tuple  # cells along each side of a feature map
+    steps: tuple  # distance of neighbouring cells
+    sizes: tuple  # s_k of eq. 4, one more than maps: the last is for the sqrt(s_k s_k+1) box
+    ratios: tuple  # aspect ratios beside 1; each stands for itself and its inverse
+
+    @property
+    def per_cell(self):
+        """Default boxes a cell on each map: two squares, and two for each further ratio."""
+        return tuple(2 + 2 * len(ratios) for ratios in self.ratios)
+
+
+INPUT_SIZE = 300
+ANCHORS = {
+    # The paper's COCO sizes (section 3.4 and its code): 0.07 for the first map, then 0.15 to 1.05.
+    "ssd": Anchors(
+        maps=(38, 19, 10, 5, 3, 1),
+        steps=(8, 16, 32, 64, 100, 300),
+        sizes=(21, 45, 99, 153, 207, 261, 315),
+        ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
+    ),
+    # MobileNetV2 section 6.2 names the maps; sizes are 0.2 to 0.95 (eq. 4), and 1.1 for the last.
+    "ssdlite": Anchors(
+        maps=(19, 10, 5, 3, 2, 1),
+        steps=(16, 32, 64, 100, 150, 300),
+        sizes=(60, 105, 150, 195, 240, 285, 330),
+        ratios=((2, 3),) * 6,
+    ),
+}
+
+
+def make_default_boxes(name):
+    """Return the default boxes of model `name`, (D, 4) float32 cxcywh in [0, 1].
+
+    Order, the same as the heads': map, then shape, then row, then column. SSD section 2.2.
+    """
+    anchors, boxes = ANCHORS[name], []
+    for k, (cells, step) in enumerate(zip(anchors.maps, anchors.steps, strict=True)):
+        size, next_size = anchors.sizes[k], anchors.sizes[k + 1]
+        shapes = [(size, size), (math.sqrt(size * next_size),) * 2]
+        for ratio in anchors.ratios[k]:
+            wide, narrow = size * math.sqrt(ratio), size / math.sqrt(ratio)
+            shapes += [(wide, narrow), (narrow, wide)]
+        for width, height in shapes:
+            for row in range(cells):
+                for column in range(cells):
+                    boxes.append(((column + 0.5) * step, (row + 0.5) * step, width, height))
+    return (torch.tensor(boxes, dtype=torch.float64) / INPUT_SIZE).clamp(0, 1).float()
+
+
+def to_corners(boxes):
+    """(..., 4) cxcywh -> (..., 4) xyxy."""
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+
+
+def to_centres(boxes):
+    """(..., 4) xyxy -> (..., 4) cxcywh."""
+    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
+
+
+def pairwise_iou(a, b):
+    """Jaccard overlap of every box of `a` (N, 4) with every box of `b` (M, 4), xyxy: (N, M)."""
+    # Each of b's coordinates as one contiguous row: several times faster than (N, M, 2) tensors.
+    ax1, ay1, ax2, ay2 = a.T.contiguous().unsqueeze(-1)
+    bx1, by1, bx2, by2 = b.T.contiguous()
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+    return intersection / union
+
+
+class Encoder:
+    """Turns objects into training targets, and the network's output into detections.
+
+    default_boxes: (D, 4) float32 cxcywh. variances: what the offsets are divided by, (centre,
+    size). The paper's text has none; its code has 0.1 and 0.2, and so has everyone since.
+    """
+
+    def __init__(self, default_boxes, variances=(0.1, 0.2)):
+        self.default_boxes = default_boxes
+        self.corners = to_corners(default_boxes)
+        self.variances = variances
+
+    def encode(self, boxes, labels):
+        """Match default boxes to objects (SSD section 2.2) and return their targets.
+
+        boxes (G, 4) float32 xyxy in [0, 1], labels (G,) int64 -> loc_targets (D, 4) float32,
+        cls_targets (D,) int64, both 0 where a default box has no object (0 is background).
+        A default box takes the object it overlaps most, if IoU > 0.5. Each object gets the default
+        box it overlaps most whatever the IoU; where two want the same, the later has it.
+        """
+        loc_targets = torch.zeros_like(self.default_boxes)
+        cls_targets = torch.zeros(len(self.default_boxes), dtype=torch.int64)
+        if len(boxes) == 0:
+            return loc_targets, cls_targets
+        iou = pairwise_iou(boxes, self.corners)  # (G, D)
+        best_iou, matched = iou.max(dim=0)  # (D,): each default box's object
+        for g, d in enumerate(iou.argmax(dim=1).tolist()):  # each object's default box
+            matched[d], best_iou[d] = g, 1.0
+        positive = (best_iou > 0.5).nonzero().squeeze(1)  # (P,)
+        matched = matched[positive]
+        objects, defaults = to_centres(boxes[matched]), self.default_boxes[positive]
+        offsets = (objects[:, :2] - defaults[:, :2]) / defaults[:, 2:] / self.variances[0]
+        scales = (objects[:, 2:] / defaults[:, 2:]).log() / self.variances[1]
+        loc_targets[positive] = torch.cat([offsets, scales], dim=1)
+        cls_targets[positive] = labels[matched]
+        return loc_targets, cls_targets
+
+    def decode(self, loc, cls_logits, score_threshold=0.01, nms_threshold=0.5, max_detections=200):
+        """Turn raw outputs into detections (SSD section 2.2 and "inference" of section 3.7).
+
+        loc (B, D, 4), cls_logits (B, D, C) -> list of B dicts: boxes (K, 4) xyxy in [0, 1],
+        labels (K,) int64 from 1, scores (K,) descending; K <= max_detections. Candidates score
+        above `score_threshold`; NMS runs class by class on the unclipped boxes of a class's best
+        `max_detections` candidates, and removes what has IoU > `nms_threshold` with a better one.
+        """
+        return [
+            self._decode_image(*image, score_threshold, nms_threshold, max_detections)
+            for image in zip(loc.float(), cls_logits.float(), strict=True)
+        ]
+
+    def _decode_image(self, loc, logits, score_threshold, nms_threshold, max_detections):
+        # softmax(c) > t needs logit(c) - logit(background) > log(t): most boxes drop out here,
+        # before the costly softmax.
+        log_threshold = math.log(score_threshold) if score_threshold > 0 else -math.inf
+        kept = (logits[:, 1:].amax(1) - logits[:, 0] > log_threshold).nonzero().squeeze(1)
+        scores = logits[kept].softmax(dim=1)[:, 1:].T.contiguous()  # (C - 1, N)
+        scores, order = scores.topk(min(max_detections, len(kept)), dim=1)
+        boxes = self._apply_offsets(loc[kept], kept)
+        survivors = [(boxes.new_zeros(0, 4), order.new_zeros(0), scores.new_zeros(0))]
+        counts = (scores > score_threshold).sum(dim=1).tolist()  # scores are in descending order
+        for label, count in enumerate(counts, start=1):
+            if count > 0:
+                class_boxes, class_scores = (
+                    boxes[order[label - 1, :count]],
+                    scores[label - 1, :count],
+                )
+                keep = nms(class_boxes, class_scores, nms_threshold)
+                labels = torch.full_like(keep, label)
+                survivors.append((class_boxes[keep], labels, class_scores[keep]))
+        boxes, labels, scores = (torch.cat(parts) for parts in zip(*survivors, strict=True))
+        scores, best = scores.sort(descending=True, stable=True)
+        best = best[:max_detections]
+        return {
+            "boxes": boxes[best].clamp(0, 1),
+            "labels": labels[best],
+            "scores": scores[:max_detections],
+        }
+
+    def _apply_offsets(self, loc, kept):
+        """The inverse of what `encode` writes: loc (N, 4) of boxes `kept` (N,) -> (N, 4) xyxy."""
+        defaults = self.default_boxes.to(loc.device)[kept]
+        centres = defaults[:, :2] + loc[:, :2] * self.variances[0] * defaults[:, 2:]
+        sizes = defaults[:, 2:] * (loc[:, 2:] * self.variances[1]).exp()
+        return to_corners(torch.cat([centres, sizes], dim=1))
