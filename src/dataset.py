@@ -1,0 +1,233 @@
+"""COCO annotations -> samples, and the sampler that gives each process its share of an epoch."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from torch.utils.data import Dataset
+
+from src.transform import augment, read_image, resize
+from src.usage import UserError
+
+
+class CocoDataset(Dataset):
+    """Pictures and boxes of DATA_PATH/annotations/instances_SET.json and DATA_PATH/SET/.
+
+    With an encoder: dataset[(epoch, index)] -> image (300, 300, 3) uint8, augmented, loc_targets
+    (D, 4) float32, cls_targets (D,) int64, image_id. Without: dataset[index] -> image (300, 300,
+    3) uint8, image_id, size (2,) float32 (width, height) in pixels.
+
+    `classes` are the names, index 0 "background"; label k is COCO category `category_ids[k - 1]`.
+    """
+
+    def __init__(self, data_path, set_name, encoder=None, seed=0, zoom_out=False):
+        self.folder = Path(data_path) / set_name
+        self.annotation_file = annotation_file(data_path, set_name)
+        self.encoder, self.seed, self.zoom_out = encoder, seed, zoom_out
+        data, self.repairs = read_annotations(self.annotation_file)
+        categories = sorted(data["categories"], key=lambda category: category["id"])
+        self.category_ids = [category["id"] for category in categories]
+        self.classes = ["background"] + [category["name"] for category in categories]
+        # Arrays, not Python objects: those would be copied into every worker, page by page, as
+        # their reference counts change.
+        images = sorted(data["images"], key=lambda image: image["id"])
+        self.image_ids = np.array([image["id"] for image in images], np.int64)
+        self.sizes = np.array([(i["width"], i["height"]) for i in images], np.int32).reshape(-1, 2)
+        self.file_names = np.array([os.fsencode(image["file_name"]) for image in images])
+        self._collect_boxes(data["annotations"])
+        missing = self._missing_pictures()
+        if missing:
+            raise UserError(
+                f"{self.annotation_file}: {len(missing)} of its {len(images)} pictures are not in"
+                f" {self.folder}, the first is {missing[0]}: copy them there"
+            )
+
+    def _collect_boxes(self, annotations):
+        """Objects to train on, by picture: those of picture i are rows starts[i] to starts[i+1]."""
+        annotations = [a for a in annotations if not a["iscrowd"]]
+        ids = np.array([a["image_id"] for a in annotations], np.int64)
+        labels = np.array([a["category_id"] for a in annotations], np.int64)
+        boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+        rows = np.searchsorted(self.image_ids, ids)
+        order = np.argsort(rows, kind="stable")
+        sizes = np.tile(self.sizes[rows], 2)
+        boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
+        self.boxes = (boxes / sizes).astype(np.float32)[order]
+        self.labels = (np.searchsorted(self.category_ids, labels) + 1)[order]
+        self.starts = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
+
+    def _missing_pictures(self):
+        return [
+            name for name in map(os.fsdecode, self.file_names) if not (self.folder / name).is_file()
+        ]
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def __getitem__(self, key):
+        if self.encoder is None:
+            image, size = self.read(key), self.sizes[key].astype(np.float32)
+            return resize(image), self.image_ids[key], size
+        epoch, index = key
+        # Seeded by what it is, not by when or where it is made: a resumed run sees the same.
+        rng = np.random.default_rng((self.seed, epoch, index))
+        boxes, labels = self.objects(index)
+        image, boxes, labels = augment(self.read(index), boxes, labels, rng, self.zoom_out)
+        targets = self.encoder.encode(torch.from_numpy(boxes), torch.from_numpy(labels))
+        return image, *targets, self.image_ids[index]
+
+    def objects(self, index):
+        """Boxes (G, 4) float32 xyxy in [0, 1] and labels (G,) int64 of picture `index`."""
+        rows = slice(self.starts[index], self.starts[index + 1])
+        return self.boxes[rows], self.labels[rows]
+
+    def read(self, index):
+        """Picture `index` as (H, W, 3) uint8 RGB, turned the way its annotations are."""
+        path = self.folder / os.fsdecode(self.file_names[index])
+        width, height = self.sizes[index].tolist()
+        image = read_image(path)
+        if image.shape[:2] != (height, width):  # annotated without regard to EXIF, perhaps
+            upright = image.shape
+            image = read_image(path, upright=False)
+            if image.shape[:2] != (height, width):
+                raise UserError(
+                    f"{path} is {upright[1]}x{upright[0]} pixels, but {width}x{height} in"
+                    f" {self.annotation_file}: correct one of them"
+                )
+        return image
+
+
+def annotation_file(data_path, set_name):
+    """Where COCO keeps the boxes of `set_name`; UserError if it is not there."""
+    path = Path(data_path) / "annotations" / f"instances_{set_name}.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --data-path must hold annotations/ and {set_name}/")
+    return path
+
+
+def read_annotations(path):
+    """Read a COCO annotation file and repair what can be: returns it and a Counter of repairs.
+
+    Clipped: boxes reaching outside their picture. Left out: boxes of no area or NaN. Derived:
+    missing area and iscrowd. Renumbered: annotation ids doubled or 0 (pycocotools takes id 0 for
+    "unmatched"). Raises UserError where the file contradicts itself.
+    """
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise UserError(f"{path}: has no list {key!r}, as COCO's object detection files do")
+    try:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+        check_identities(path, data, sizes)
+        repairs = Counter()
+        data["annotations"] = [
+            a for a in data["annotations"] if repair(a, sizes[a["image_id"]], repairs)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: an entry is not in COCO format ({error!r})") from error
+    ids = {annotation.get("id", 0) for annotation in data["annotations"]}
+    if len(ids) < len(data["annotations"]) or 0 in ids:
+        repairs["annotation ids renumbered"] = len(data["annotations"])
+        for number, annotation in enumerate(data["annotations"], start=1):
+            annotation["id"] = number
+    repairs["crowd regions not trained on"] = sum(a["iscrowd"] for a in data["annotations"])
+    return data, +repairs  # without what was counted 0 times
+
+
+def check_identities(path, data, sizes):
+    """Every picture once, and every annotation on a known picture and of a known category."""
+    if not data["images"] or not data["categories"]:
+        raise UserError(f"{path}: has no images or no categories: there is nothing to detect")
+    for image in data["images"]:
+        if not (isinstance(image["id"], int) and isinstance(image["file_name"], str)):
+            raise TypeError(f"image {image['id']!r}, file_name {image['file_name']!r}")
+    for category in data["categories"]:
+        if not (isinstance(category["id"], int) and isinstance(category["name"], str)):
+            raise TypeError(f"category {category['id']!r}, name {category['name']!r}")
+    categories = {category["id"] for category in data["categories"]}
+    for kind, unique in (("images", sizes), ("categories", categories)):
+        if len(unique) < len(data[kind]):
+            counts = Counter(entry["id"] for entry in data[kind])
+            twice = counts.most_common(1)[0][0]
+            raise UserError(f"{path}: id {twice} stands twice in its {kind}: remove one")
+    for image_id, size in sizes.items():
+        if not min(size) > 0:
+            raise UserError(f"{path}: image {image_id} has the size {size}: give its pixels")
+    for annotation in data["annotations"]:
+        if annotation["category_id"] not in categories:
+            raise UserError(f"{path}: unknown category_id {annotation['category_id']}: add it")
+        if annotation["image_id"] not in sizes:
+            raise UserError(f"{path}: unknown image_id {annotation['image_id']}: add the image")
+
+
+def repair(annotation, size, repairs):
+    """Mend one annotation in place and count it; False if it has to be left out."""
+    x, y, w, h = map(float, annotation["bbox"])
+    left, top = max(x, 0.0), max(y, 0.0)
+    right, bottom = min(x + w, size[0]), min(y + h, size[1])
+    if not (right - left > 0.01 and bottom - top > 0.01):  # pixels; NaN comes here too
+        repairs["boxes of no area left out"] += 1
+        return False
+    if x < -1 or y < -1 or x + w > size[0] + 1 or y + h > size[1] + 1:  # more than rounding
+        repairs["boxes clipped to their picture"] += 1
+    if (left, top, right, bottom) != (x, y, x + w, y + h):
+        annotation["bbox"] = [left, top, right - left, bottom - top]
+    if annotation.get("area") is None:
+        annotation["area"] = (right - left) * (bottom - top)
+        repairs["missing areas derived"] += 1
+    if annotation.get("iscrowd") is None:
+        annotation["iscrowd"] = 0
+        repairs["missing iscrowd taken as 0"] += 1
+    return True
+
+
+def ground_truth(path):
+    """The repaired annotations as pycocotools wants them."""
+    coco = COCO()
+    coco.dataset = read_annotations(path)[0]
+    coco.createIndex()
+    return coco
+
+
+class TrainSampler:
+    """Batches of (epoch, index) keys for one process; a new shuffle every epoch.
+
+    The incomplete last global batch is dropped. `start(epoch, samples_seen)` sets what the next
+    iteration yields: an epoch stopped midway goes on with the samples it has not seen, whatever
+    the number of processes was.
+    """
+
+    def __init__(self, num_samples, batch_size, rank=0, world_size=1, seed=0):
+        if num_samples < batch_size * world_size:
+            raise UserError(
+                f"{num_samples} training pictures are less than one batch of {batch_size} x"
+                f" {world_size} processes: use --batch-size {num_samples // world_size} or less"
+                if num_samples >= world_size
+                else f"{num_samples} training pictures for {world_size} processes: use fewer"
+            )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.start(epoch=0)
+
+    def start(self, epoch, samples_seen=0):
+        """Go to sample `samples_seen` (over all processes) of `epoch`."""
+        self.epoch, self.samples_seen = epoch, samples_seen
+
+    def __len__(self):
+        left = max(0, self.num_samples - self.samples_seen)
+        return left // (self.batch_size * self.world_size)
+
+    def __iter__(self):
+        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+        left = shuffled[self.samples_seen :].tolist()
+        per_step = self.batch_size * self.world_size
+        for first in range(0, len(self) * per_step, per_step):
+            batch = left[first + self.rank : first + per_step : self.world_size]
+            yield [(self.epoch, index) for index in batch]

@@ -1,0 +1,61 @@
+"""Rank, world size, set-up and gathering: the little that train.py needs to know of processes."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def set_up():
+    """Join the processes that torchrun started, if it did; return this process's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        # gloo carries Python objects and flags, NCCL the gradients.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def tear_down():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """Number of this process, 0 for the one that writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(values):
+    """Sum a list of floats over all processes, entry by entry; every process gets the sums."""
+    if not dist.is_initialized():
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(value):
+    """Return every process's `value` as a list on rank 0, None elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def broadcast(value):
+    """Return rank 0's `value` on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,197 @@
+"""Everything that happens to pixels before the network: read, augment, resize, normalise.
+
+Pictures are (H, W, 3) uint8 RGB; boxes (G, 4) float32 xyxy relative to the picture, in [0, 1].
+"""
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+from src.usage import UserError
+
+INPUT_SIZE = 300  # pixels, both sides: SSD300
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision's ColorJitter
+
+
+def read_image(path, upright=True):
+    """Read a picture file as (H, W, 3) uint8 RGB, turned as its EXIF orientation says if `upright`.
+
+    Raises UserError where there is no picture to be had.
+    """
+    try:
+        with Image.open(path) as picture:  # reads the header, and refuses picture bombs
+            if picture.format == "JPEG":
+                data = read_file(str(path))
+                pixels = decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=upright)
+                return pixels.permute(1, 2, 0).numpy()
+            # Not torchvision for PNG: a corrupt one ends the whole process (seen in 0.29.1).
+            if upright:
+                picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.mode == "P":  # by way of RGBA: a palette may hold transparent colours
+                picture = picture.convert("RGBA")
+            return np.array(picture.convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such picture") from error
+    # What Pillow's many decoders and torchvision raise on a broken file.
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+    ) as error:
+        reason = (
+            str(error).splitlines()[0].replace(str(path), "file") if str(error) else "broken file"
+        )
+        raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
+
+
+def augment(image, boxes, labels, rng, zoom_out=False):
+    """The training augmentation (SSD section 2.2 "data augmentation").
+
+    image (H, W, 3), boxes (G, 4), labels (G,), rng a numpy Generator
+        -> image (300, 300, 3), boxes (K, 4), labels (K,), K <= G
+    """
+    if zoom_out:
+        image, boxes = expand(image, boxes, rng)
+    image, boxes, labels = crop(image, boxes, labels, rng)
+    # Resized before it is mirrored: the same picture either way, with fewer pixels to move.
+    image = resize(image)
+    if rng.random() < 0.5:
+        image, boxes = flip(image, boxes)
+    return jitter_colours(image, rng), boxes, labels
+
+
+def expand(image, boxes, rng):
+    """Zoom out (SSD section 3.6): half the time, put the picture on a grey canvas up to 4x4."""
+    if rng.random() < 0.5:
+        return image, boxes
+    height, width = image.shape[:2]
+    ratio = rng.uniform(1, 4)
+    canvas_h, canvas_w = int(height * ratio), int(width * ratio)
+    top, left = rng.integers(canvas_h - height + 1), rng.integers(canvas_w - width + 1)
+    canvas = np.empty((canvas_h, canvas_w, 3), np.uint8)
+    canvas[:] = np.round(255 * np.array(IMAGENET_MEAN))
+    canvas[top : top + height, left : left + width] = image
+    scale = np.array([width, height, width, height], np.float32)
+    shift = np.array([left, top, left, top], np.float32)
+    size = np.array([canvas_w, canvas_h, canvas_w, canvas_h], np.float32)
+    return canvas, (boxes * scale + shift) / size
+
+
+def crop(image, boxes, labels, rng):
+    """Sample a patch (SSD section 2.2); its objects are those whose centre lies inside, clipped.
+
+    Paper: sides drawn until they fit. Here, as in the published recipe: one draw, and if it does
+    not fit (ratio of the sides, IoU, no object's centre inside) the kind of patch is drawn anew.
+    """
+    if len(boxes) == 0:
+        return image, boxes, labels
+    patch = sample_patch(boxes, rng)
+    if patch is None:
+        return image, boxes, labels
+    height, width = image.shape[:2]
+    # Whole pixels, at least one; the boxes below use the patch that is really cut out.
+    left, top = int(patch[0] * width), int(patch[1] * height)
+    right = max(left + 1, round(float(patch[2]) * width))
+    bottom = max(top + 1, round(float(patch[3]) * height))
+    patch = np.array([left / width, top / height, right / width, bottom / height], np.float32)
+    inside = centres_inside(boxes, patch)
+    if not inside.any():  # a centre within half a pixel of the patch's border
+        return image, boxes, labels
+    origin, side = np.tile(patch[:2], 2), np.tile(patch[2:] - patch[:2], 2)
+    boxes = ((boxes[inside] - origin) / side).clip(0, 1)
+    return image[top:bottom, left:right], boxes, labels[inside]
+
+
+def sample_patch(boxes, rng):
+    """Draw the patch of `crop`: (4,) float64 xyxy in [0, 1], or None for the whole picture."""
+    while True:
+        option = rng.integers(7)
+        if option == 0:
+            return None
+        width, height = rng.uniform(0.3, 1, 2)
+        left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+        patch = np.array([left, top, left + width, top + height])
+        if not 0.5 <= width / height <= 2 or not centres_inside(boxes, patch).any():
+            continue
+        min_iou = (0.1, 0.3, 0.5, 0.7, 0.9, -1)[option - 1]
+        overlap = np.minimum(boxes[:, 2:], patch[2:]) - np.maximum(boxes[:, :2], patch[:2])
+        intersection = overlap.clip(0).prod(axis=1)
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        if (intersection / (areas + width * height - intersection) > min_iou).all():
+            return patch
+
+
+def centres_inside(boxes, patch):
+    """Which of boxes (G, 4) have their centre inside the patch (4,): (G,) bool."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return ((centres > patch[:2]) & (centres < patch[2:])).all(axis=1)
+
+
+def flip(image, boxes):
+    """Mirror picture and boxes left to right."""
+    return cv2.flip(image, 1), np.stack(
+        [1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1
+    )
+
+
+def resize(image):
+    """(H, W, 3) uint8 -> (300, 300, 3) uint8, bilinear with antialiasing, aspect not kept."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    size = (INPUT_SIZE, INPUT_SIZE)
+    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
+
+
+def jitter_colours(image, rng):
+    """Brightness, contrast, saturation and hue in random order: torchvision's ColorJitter.
+
+    Paper (its code): about these ranges, each half the time. Here: the published recipe's ranges.
+    """
+    brightness = rng.uniform(1 - 0.125, 1 + 0.125)
+    contrast, saturation = rng.uniform(1 - 0.5, 1 + 0.5, 2)
+    hue = rng.uniform(-0.05, 0.05)
+    for step in rng.permutation(4):
+        if step == 0:
+            image = cv2.convertScaleAbs(image, alpha=brightness)
+        elif step == 1:
+            mean = round(float(np.dot(cv2.mean(image)[:3], GREY)))
+            levels = contrast * np.arange(256) + (1 - contrast) * mean
+            image = cv2.LUT(image, levels.round().clip(0, 255).astype(np.uint8))
+        elif step == 2:
+            image = cv2.transform(image, saturation * np.eye(3) + (1 - saturation) * np.array(GREY))
+        else:
+            image = shift_hue(image, hue)
+    return image
+
+
+def shift_hue(image, hue):
+    """Turn the hue of every pixel by `hue` (in turns)."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue in 0..255
+    table = np.stack([np.arange(256)] * 3, axis=1)
+    table[:, 0] = (table[:, 0] + round(hue * 256)) % 256
+    return cv2.cvtColor(cv2.LUT(hsv, table.astype(np.uint8)[None]), cv2.COLOR_HSV2RGB_FULL)
+
+
+def normalize(images):
+    """(B, 300, 300, 3) uint8 -> (B, 3, 300, 300) float32 in channels_last, on the same device."""
+    mean, std = imagenet_statistics(images.device)
+    return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+
+
+@lru_cache
+def imagenet_statistics(device):
+    """Mean and standard deviation, (1, 3, 1, 1) each in levels of 255; kept on the device."""
+    statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device) * 255
+    return statistics.view(2, 1, 3, 1, 1).unbind()
