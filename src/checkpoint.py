@@ -1,0 +1,142 @@
+"""Checkpoints: write ours, read ours and the published ones. Nothing read is ever executed."""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from src.model import MODELS, build_model
+from src.usage import UserError
+
+# COCO's 80 classes in the order of their category ids, which run from 1 to 90 with ten gaps.
+COCO_CLASSES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
+    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
+    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+).split(",")
+OUR_KEYS = ("model_state_dict", "classes", "category_ids")
+COCO_CATEGORY_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+
+
+def save_checkpoint(path, state):
+    """Write `state` so that `path` holds either the old checkpoint or all of the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if temporary.is_file():
+            temporary.unlink()
+        raise UserError(
+            f"{path}: cannot be written ({error}); what it held before is kept:"
+            " make room, or give another --save-folder"
+        ) from error
+
+
+def load_checkpoint(path):
+    """Read a checkpoint, ours or a published one, as a dict with our keys.
+
+    At least `model` (name), `model_state_dict`, `classes` and `category_ids`, all on the CPU, and
+    `layout`, a line for the user. Raises UserError for what is none.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train one, or give its path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: not a checkpoint of tensors and plain values; nothing in it was run"
+        ) from error
+    except Exception as error:  # torch's reader meets a broken file with all sorts of errors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: a broken checkpoint ({reason}); use another") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    if isinstance(state.get("model"), str):
+        missing = [key for key in OUR_KEYS if key not in state]
+        if missing or state["model"] not in MODELS:
+            raise UserError(f"{path}: model {state['model']!r}, missing {missing}: not one of ours")
+        return state | {"layout": f"checkpoint of this project, {state['model']}"}
+    if isinstance(state.get("model"), dict):
+        layout, weights = "published SSD-ResNet50, 'model' with 'label_map'", state["model"]
+    elif isinstance(state.get("model_state_dict"), dict):
+        layout, weights = "published SSD-ResNet50, 'model_state_dict'", state["model_state_dict"]
+    else:
+        raise UserError(f"{path}: keys {sorted(map(str, state))[:6]} are of no known checkpoint")
+    return {
+        "model": "ssd",
+        "model_state_dict": {k.removeprefix("module."): v for k, v in weights.items()},
+        **published_classes(state.get("label_map")),
+        "layout": layout,
+    }
+
+
+def published_classes(label_map):
+    """Class names from a published checkpoint's {0: "background", 1: "person", ...}, or COCO's."""
+    classes = ["background", *COCO_CLASSES]
+    if label_map:
+        classes = [str(label_map[k]) for k in sorted(label_map)]
+    is_coco = len(classes) == 1 + len(COCO_CATEGORY_IDS)
+    return {
+        "classes": classes,
+        "category_ids": COCO_CATEGORY_IDS if is_coco else list(range(1, len(classes))),
+    }
+
+
+def model_of(checkpoint, path):
+    """Build the network of a loaded checkpoint and fill it, wholly or not at all."""
+    model = build_model(checkpoint["model"], len(checkpoint["classes"]), pretrained_backbone=False)
+    fill(model, checkpoint["model_state_dict"], path)
+    return model
+
+
+def fill(model, weights, path):
+    """Load `weights` into `model`; UserError with the names where they do not fit exactly."""
+    wanted = model.state_dict()
+    misfits = {
+        "missing": [name for name in wanted if name not in weights],
+        "unexpected": [name for name in weights if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in wanted
+            if name in weights and weights[name].shape != wanted[name].shape
+        ],
+    }
+    misfits = {kind: names for kind, names in misfits.items() if names}
+    if misfits:
+        raise UserError(
+            f"{path}: does not fit the model: "
+            + "; ".join(
+                f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+                for kind, names in misfits.items()
+            )
+        )
+    model.load_state_dict(weights)
+
+
+def fine_tune_from(model, checkpoint, classes, path):
+    """Fill `model` for another task; returns one line that says what was taken.
+
+    Where the class lists differ the heads that classify (`conf`) start fresh.
+    """
+    weights = dict(checkpoint["model_state_dict"])
+    if checkpoint["classes"] == classes:
+        fill(model, weights, path)
+        return f"{path}: all of it loaded ({checkpoint['layout']})"
+    own = model.state_dict()
+    fresh = [name for name in own if name.startswith("conf.")]
+    fill(model, weights | {name: own[name] for name in fresh}, path)
+    return (
+        f"{path}: loaded ({checkpoint['layout']}), but for the class heads:"
+        f" {len(checkpoint['classes'])} classes there, {len(classes)} here, so these start fresh"
+    )

@@ -1,0 +1,156 @@
+"""train_one_epoch and evaluate."""
+
+import contextlib
+import io
+import math
+import time
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from src import distributed
+from src.transform import normalize
+from src.usage import UserError
+
+LOG_EVERY = 10  # steps; the losses are looked at, and the device waited for, only then
+METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+
+
+def autocast(device, amp):
+    """Mixed precision: float16 on a GPU, bfloat16 on a CPU; a context that does nothing if not."""
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp)
+
+
+def train_one_epoch(
+    model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp
+):
+    """Train on what is left of an epoch; yields (iteration, figures) after every step.
+
+    loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets (B, D) and
+    image ids (B,); learning_rate(epoch, iteration) -> float. figures is {tag: mean since the last}
+    every LOG_EVERY steps, else None. Raises UserError on a loss that is not finite.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    last = first_iteration + len(loader) - 1
+    recent = []  # (losses, image ids) of each step since the last log line
+    clock = time.perf_counter()
+    bar = tqdm(loader, f"epoch {epoch + 1}", disable=distributed.rank() > 0, leave=False)
+    for iteration, (images, loc_targets, cls_targets, ids) in enumerate(bar, first_iteration):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, iteration)
+        images = normalize(images.to(device, non_blocking=True))
+        loc_targets = loc_targets.to(device, non_blocking=True)
+        cls_targets = cls_targets.to(device, non_blocking=True)
+        with autocast(device, amp):
+            loc, cls_logits = model(images)
+        loc_loss, cls_loss = criterion(loc, cls_logits, loc_targets, cls_targets)  # in float32
+        optimizer.zero_grad()
+        scaler.scale(loc_loss + cls_loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        figures = None
+        recent.append((torch.stack([loc_loss, cls_loss]).detach(), ids))
+        if (iteration + 1) % LOG_EVERY == 0 or iteration == last:
+            losses = torch.stack([losses for losses, _ in recent]).tolist()  # waits for the device
+            check_finite(losses, [ids for _, ids in recent], epoch, iteration)
+            images_seen = len(losses) * len(ids) * distributed.world_size()
+            seconds = time.perf_counter() - clock
+            figures = mean_figures(losses) | {
+                "LR": optimizer.param_groups[0]["lr"],
+                "Images_per_second": images_seen / seconds,
+            }
+            text = "loss {Loss:.3f}, lr {LR:.2e}, {Images_per_second:.1f} images/s"
+            bar.set_postfix_str(text.format(**figures))
+            recent, clock = [], time.perf_counter()
+        yield iteration, figures
+
+
+def mean_figures(losses):
+    """Mean over steps and processes of this process's losses, [[loc, cls], ...]."""
+    sums = distributed.total([sum(column) for column in zip(*losses, strict=True)])
+    loc, cls = (value / len(losses) / distributed.world_size() for value in sums)
+    return {"Loss": loc + cls, "Loss_loc": loc, "Loss_cls": cls}
+
+
+def check_finite(losses, image_ids, epoch, iteration):
+    """Raise UserError on the first step whose losses, [[loc, cls], ...], are not finite."""
+    for step, values in enumerate(losses):
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"loss {values} in epoch {epoch + 1}, iteration"
+                f" {iteration - len(losses) + 1 + step}, images {image_ids[step].tolist()}:"
+                " lower --lr, or look at these pictures' boxes; the last checkpoint is kept"
+            )
+
+
+def evaluate(detector, loader, truth, nms_threshold=0.5):
+    """COCO figures of a Detector on the pictures of `loader`, each process detecting in its share.
+
+    loader yields images (B, 300, 300, 3) uint8, image ids (B,) and sizes (B, 2) in pixels; truth
+    is pycocotools' COCO on rank 0, unused elsewhere. Returns on rank 0 metrics (the twelve figures
+    and "per_class") and detections (N, 7) float64: image id, x, y, w, h in pixels, score, category
+    id; elsewhere None. SSD section 3.7: scores above 0.01, NMS, the best 200 an image.
+    """
+    rows = [np.zeros((0, 7))]
+    quiet = distributed.rank() > 0
+    for images, image_ids, sizes in tqdm(loader, "evaluate", disable=quiet, leave=False):
+        found = detector.detect_resized(images, sizes, nms_threshold=nms_threshold)
+        for one, image_id in zip(found, image_ids.tolist(), strict=True):
+            boxes = one["boxes"].double()
+            boxes[:, 2:] -= boxes[:, :2]  # xyxy -> COCO's xywh
+            categories = torch.tensor(detector.category_ids)[one["labels"] - 1]
+            columns = [torch.full_like(one["scores"], image_id, dtype=torch.float64), *boxes.T]
+            rows.append(torch.stack([*columns, one["scores"], categories], dim=1).numpy())
+    shares = distributed.gather(np.concatenate(rows))
+    if shares is None:
+        return None
+    detections = np.concatenate(shares)
+    detections = detections[np.argsort(detections[:, 0], kind="stable")]
+    return coco_metrics(truth, coco_results(detections)), detections
+
+
+def coco_results(detections):
+    """Detections (N, 7) as a list of dicts in COCO's results format."""
+    return [
+        {"image_id": int(image), "category_id": int(category), "bbox": box, "score": score}
+        for image, *box, score, category in detections.tolist()
+    ]
+
+
+def coco_metrics(truth, results):
+    """Run pycocotools; return {figure: value, ..., "per_class": {class name: AP}}."""
+    # Not truth.loadRes(results), which raises on an empty list.
+    found = COCO()
+    found.dataset = {
+        "images": truth.dataset["images"],
+        "categories": truth.dataset["categories"],
+        "annotations": [
+            result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+            for number, result in enumerate(results, start=1)
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        found.createIndex()
+        coco_eval = COCOeval(truth, found, "bbox")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    precision = coco_eval.eval["precision"]  # IoU, recall, class, area, detections
+    per_class = {}
+    for k, category in enumerate(truth.loadCats(coco_eval.params.catIds)):
+        values = precision[:, :, k, 0, -1]
+        if (values > -1).any():  # a class without an object has no AP
+            per_class[category["name"]] = float(values[values > -1].mean())
+    return dict(zip(METRICS, coco_eval.stats.tolist(), strict=True)) | {"per_class": per_class}
+
+
+def metrics_table(metrics):
+    """The twelve figures as lines to print."""
+    rows = [METRICS[:3], METRICS[3:6], METRICS[6:9], METRICS[9:]]
+    return "\n".join("  ".join(f"{name:>5} {metrics[name]:.3f}" for name in row) for row in rows)

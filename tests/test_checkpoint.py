@@ -1,0 +1,352 @@
+"""src.checkpoint: round trips, files that are none, and the published layouts."""
+
+import copy
+import errno
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import checkpoint
+from src.checkpoint import fine_tune_from, load_checkpoint, model_of, save_checkpoint
+from src.model import build_model
+from src.usage import UserError
+
+COCO_FILE = Path(__file__).parents[2] / "shared/data/coco_real/annotations/instances_val2017.json"
+CLASSES = ["background", "cat", "dog"]
+SMALL = {"model": "ssd", "model_state_dict": {}, "classes": ["background"], "category_ids": []}
+
+
+@pytest.fixture(scope="module")
+def lite():
+    """An SSDLite of two classes; not to be changed."""
+    torch.manual_seed(0)
+    return build_model("ssdlite", 3, pretrained_backbone=False)
+
+
+@pytest.fixture(scope="module")
+def coco_weights():
+    """Weights of an SSD of COCO's 80 classes."""
+    torch.manual_seed(0)
+    return build_model("ssd", 81, pretrained_backbone=False).state_dict()
+
+
+def state_of(model, classes=CLASSES):
+    """A checkpoint as DESIGN.md lists it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return {
+        "model": "ssdlite",
+        "model_state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": {},
+        "epoch": 3,
+        "samples_seen": 64,
+        "best_map": 0.25,
+        "classes": classes,
+        "category_ids": [2, 44],
+        "args": {"lr": 0.1, "multistep": [43, 54], "save_every": None, "model": "ssdlite"},
+    }
+
+
+def same(a, b):
+    """Equality of nested dicts and lists with tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+# Ours
+
+
+def test_round_trip(tmp_path, lite):
+    state, path = state_of(lite), tmp_path / "new" / "folder" / "ssdlite.pth"
+    save_checkpoint(path, state)
+    loaded = load_checkpoint(path)
+    assert "ssdlite" in loaded.pop("layout")
+    assert same(loaded, state)
+    assert same(dict(model_of(loaded, path).state_dict()), dict(lite.state_dict()))
+    assert os.listdir(path.parent) == ["ssdlite.pth"]
+    assert torch.load(path, weights_only=True).keys() == state.keys()  # tensors and builtins
+
+
+def test_a_path_may_be_text_and_an_old_file_is_replaced(tmp_path):
+    path = str(tmp_path / "a.pth")
+    for epoch in (1, 2):
+        save_checkpoint(path, SMALL | {"epoch": epoch})
+    assert load_checkpoint(path)["epoch"] == 2 and os.listdir(tmp_path) == ["a.pth"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")]
+)
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, SMALL | {"epoch": 1})
+    before = path.read_bytes()
+
+    def fail(state, file):
+        file.write(b"half a checkpoint")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError) as told:
+        save_checkpoint(path, {"epoch": 2})
+    assert str(path) in str(told.value) and "--save-folder" in str(told.value)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_the_new_checkpoint_is_whole_before_it_takes_the_name(tmp_path, monkeypatch):
+    path, replace, seen = tmp_path / "a.pth", os.replace, []
+
+    def spy(source, target):
+        seen.append((torch.load(source, weights_only=True), path.exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    save_checkpoint(path, {"epoch": 1})
+    assert seen == [({"epoch": 1}, False)] and path.exists()
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file" / "a.pth", tmp_path / "file" / "deeper" / "a.pth"):
+        with pytest.raises(UserError, match="--save-folder"):
+            save_checkpoint(path, {})
+    (tmp_path / "a.pth").mkdir()
+    with pytest.raises(UserError, match="--save-folder"):
+        save_checkpoint(tmp_path / "a.pth", {})
+    assert (tmp_path / "file").read_text() == "kept" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_folder_that_may_not_be_written(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="--save-folder"):
+            save_checkpoint(tmp_path / "a.pth", {})
+    finally:
+        tmp_path.chmod(0o700)
+
+
+# What is no checkpoint
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    state = {"model": "ssd", "classes": ["background"], "model_state_dict": Attack()}
+    torch.save(state, tmp_path / "zip.pth")
+    torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(state))
+    for name in ("zip.pth", "legacy.pth", "plain.pth"):
+        with pytest.raises(UserError) as error:
+            load_checkpoint(tmp_path / name)
+        assert str(error.value).startswith(str(tmp_path / name))
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "zip.pth", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+def test_a_pickled_model_is_refused(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")  # what other projects hand out
+    with pytest.raises(UserError, match="a.pth"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+NO_CHECKPOINTS = {
+    "empty": b"",
+    "text": b"hello world\n",
+    "readme": b"# Weights\n\nDownload them from ...\n",
+    "git lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\nsize 12345\n",
+    "web page": b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n",
+    "json": b'{"model": "ssd"}',
+    "picture": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100),
+    "zeros": bytes(1000),
+    "random": bytes((7 * i * i + 3 * i) % 251 for i in range(3000)),
+    "zip without a pickle": b"PK\x05\x06" + bytes(18),
+    # Pickle opcodes by chance: each of these once came out as another exception.
+    "opcode G": b"Gk3h",
+    "opcode J": b"J$&",
+    "opcode R": b"Rc0@$1{(bW.I]J2ES,{2",
+    "opcode U": b"U",
+}
+
+
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_a_users_error_that_names_the_file(tmp_path, name):
+    path = tmp_path / "a.pth"
+    path.write_bytes(NO_CHECKPOINTS[name])
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_cut_checkpoint_is_a_users_error_wherever_it_is_cut(tmp_path, zipped):
+    path = tmp_path / "a.pth"
+    state = SMALL | {"model_state_dict": {"w": torch.ones(99)}}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="a.pth"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], torch.ones(3), 7, None, {}, {"state_dict": {}}, {"weights": torch.ones(2), 3: 4},
+     {"model": "ssd"}, {"model_state_dict": [1]}, {"model": torch.ones(2), "epoch": 3}],
+    ids=str,
+)  # fmt: skip
+def test_other_contents_are_a_users_error(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth"):
+        model_of(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth")
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "no.pth", tmp_path):
+        with pytest.raises(UserError) as error:
+            load_checkpoint(path)
+        assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("change", ["model", "no weights", "no ids"])
+def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, change):
+    state, path = state_of(lite), tmp_path / "a.pth"
+    if change == "model":
+        state["model"] = "resnet50"  # of another project that has these keys, too
+    else:
+        del state["model_state_dict" if change == "no weights" else "category_ids"]
+    save_checkpoint(path, state)
+    with pytest.raises(UserError, match="a.pth"):
+        model_of(load_checkpoint(path), path)
+
+
+# Published checkpoints: layouts as ../shared/reference/README.md describes them
+
+
+def published(weights, layout, classes=None, prefix=""):
+    """A checkpoint in one of the two published layouts, with what else these hold."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], 0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [43, 54])
+    rest = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "epoch": 53}
+    weights = {prefix + name: value for name, value in weights.items()}
+    if layout == "model_state_dict":
+        return rest | {"model_state_dict": weights}
+    return rest | {"model": weights, "label_map": dict(enumerate(classes)), "iteration": 7}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("layout", ["model_state_dict", "model"])
+def test_published_coco_checkpoints_are_read(tmp_path, coco_weights, layout, prefix):
+    path, names = tmp_path / "a.pth", ["background", *checkpoint.COCO_CLASSES]
+    torch.save(published(coco_weights, layout, names, prefix), path)
+    state = load_checkpoint(path)
+    assert state["model"] == "ssd" and "published" in state["layout"]
+    assert f"'{layout}'" in state["layout"] and "\n" not in state["layout"]
+    assert state["classes"] == names and len(names) == 81
+    assert list(state["category_ids"]) == list(checkpoint.COCO_CATEGORY_IDS)
+    model = model_of(state, path)
+    assert same(dict(model.state_dict()), dict(coco_weights))
+
+
+def test_label_map_gives_the_classes_in_order(tmp_path):
+    weights = build_model("ssd", 3, pretrained_backbone=False).state_dict()
+    state = published(weights, "model", ["background", "cat", "dog"])
+    state["label_map"] = {2: "dog", 0: "background", 1: "cat"}
+    torch.save(state, tmp_path / "a.pth")
+    loaded = load_checkpoint(tmp_path / "a.pth")
+    assert loaded["classes"] == CLASSES and list(loaded["category_ids"]) == [1, 2]
+    model_of(loaded, tmp_path / "a.pth")
+
+
+def test_coco_has_80_classes_with_ids_from_1_to_90():
+    assert len(checkpoint.COCO_CLASSES) == len(set(checkpoint.COCO_CLASSES)) == 80
+    ids = list(checkpoint.COCO_CATEGORY_IDS)
+    assert len(ids) == len(set(ids)) == 80 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 90)
+    # Known from the data set itself: https://cocodataset.org, instances_val2017.json.
+    # Both sides of each of the ten gaps, and the ends.
+    known = {1: "person", 11: "fire hydrant", 13: "stop sign", 16: "bird", 17: "cat", 18: "dog"}
+    known |= {25: "giraffe", 27: "backpack", 28: "umbrella", 31: "handbag", 44: "bottle"}
+    known |= {46: "wine glass", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv"}
+    known |= {82: "refrigerator", 84: "book", 90: "toothbrush"}
+    named = dict(zip(ids, checkpoint.COCO_CLASSES, strict=True))
+    assert known.items() <= named.items()
+
+
+def test_coco_names_and_ids_are_those_of_its_annotation_file():
+    if not COCO_FILE.is_file():
+        pytest.skip("no ../shared/data/coco_real beside the repository")
+    categories = json.loads(COCO_FILE.read_text())["categories"]
+    ours = zip(checkpoint.COCO_CATEGORY_IDS, checkpoint.COCO_CLASSES, strict=True)
+    assert dict(ours) == {category["id"]: category["name"] for category in categories}
+
+
+# Filling a model
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_named_and_none_is_taken(lite, change):
+    model = copy.deepcopy(lite)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {name: torch.full_like(value, 9) for name, value in before.items()}
+    name = list(weights)[-1]
+    if change == "missing":
+        del weights[name]
+    elif change == "unexpected":
+        name = "head.of.another.model"
+        weights[name] = torch.ones(1)
+    else:
+        weights[name] = torch.ones(5, 77)
+    with pytest.raises(UserError) as error:
+        checkpoint.fill(model, weights, "some.pth")
+    message = str(error.value)
+    assert message.startswith("some.pth") and name in message and "\n" not in message
+    assert ("(5, 77)" in message) == (change == "shape")
+    assert same(dict(model.state_dict()), before)
+
+
+def marked(model):
+    """Weights unlike those of the model in every tensor."""
+    return {name: value + 1 for name, value in model.state_dict().items()}
+
+
+def test_fine_tuning_for_the_same_classes_takes_everything(lite):
+    model, weights = copy.deepcopy(lite), marked(lite)
+    source = {"model_state_dict": weights, "classes": CLASSES, "layout": "some layout"}
+    line = fine_tune_from(model, source, list(CLASSES), "some.pth")
+    assert same(dict(model.state_dict()), weights)
+    assert line.startswith("some.pth") and "some layout" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("classes", [["background", "cat", "cow"], ["background", "a", "b", "c"]])
+def test_fine_tuning_for_other_classes_keeps_all_but_the_class_heads(lite, classes):
+    # As many other classes fit in shape, and mean something else all the same.
+    model = build_model("ssdlite", len(classes), pretrained_backbone=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = marked(lite)
+    source = {"model_state_dict": dict(weights), "classes": CLASSES, "layout": "some layout"}
+    line = fine_tune_from(model, source, classes, "some.pth")
+    for name, value in model.state_dict().items():
+        fresh = name.startswith("conf.")
+        assert torch.equal(value, before[name] if fresh else weights[name]), name
+    assert f"{len(CLASSES)} classes" in line and f"{len(classes)} here" in line
+    assert same(source["model_state_dict"], weights)
+
+
+def test_fine_tuning_from_another_model_is_a_users_error(lite, coco_weights):
+    source = {"model_state_dict": coco_weights, "classes": ["background"], "layout": "x"}
+    model, before = copy.deepcopy(lite), dict(lite.state_dict())
+    with pytest.raises(UserError, match="some.pth"):
+        fine_tune_from(model, source, CLASSES, "some.pth")
+    assert same(dict(model.state_dict()), before)

@@ -1,0 +1,207 @@
+"""src.detector: folding changes nothing, and pixel boxes come out where the picture has them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from reference.inputs import image, weights
+from torch import nn
+from torch.testing import assert_close
+from torchvision.ops import box_iou
+
+from src.boxes import make_default_boxes, to_corners
+from src.detector import Detector, fold_batch_norm, record
+from src.model import build_model
+
+MODELS = ("ssd", "ssdlite")
+CLASSES = ["background"] + [f"class {k}" for k in range(1, 8)]
+SIZES = [(300, 300), (120, 400), (501, 77), (1, 1)]  # height, width
+
+
+def filled(name):
+    """A network with reference weights; its batch norms are far from the identity."""
+    model = build_model(name, len(CLASSES), pretrained_backbone=False).eval()
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    model.load_state_dict({key: torch.from_numpy(v) for key, v in weights(shapes).items()})
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: filled(name) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def detectors(models):
+    return {name: make_detector(models[name], name) for name in MODELS}
+
+
+def make_detector(model, name, **options):
+    return Detector(model, name, CLASSES, list(range(1, 8)), device="cpu", **options)
+
+
+def pictures():
+    """Pictures of SIZES, in colours."""
+    return [
+        np.ascontiguousarray(image(seed, max(size))[: size[0], : size[1]])
+        if max(size) > 1
+        else np.full((1, 1, 3), 90, np.uint8)
+        for seed, size in enumerate(SIZES)
+    ]
+
+
+def batch_norms(model):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_folding_batch_norm_leaves_outputs_unchanged(name, models):
+    assert batch_norms(models[name]) > 50
+    folded = fold_batch_norm(copy.deepcopy(models[name]))
+    assert batch_norms(folded) == 0
+    images = torch.randn(2, 3, 300, 300, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert_close(list(folded(images)), list(models[name](images)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_original_model_is_left_as_it_was(name, models):
+    model = copy.deepcopy(models[name]).train()
+    before = copy.deepcopy(model.state_dict())
+    detector = make_detector(model, name, amp=True)
+    detector(pictures()[:1])
+    assert model.training
+    assert batch_norms(model) == batch_norms(models[name]) and batch_norms(detector.model) == 0
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert all(after[key].dtype == before[key].dtype for key in before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_detections_lie_inside_each_picture(name, detectors):
+    found = detectors[name](pictures(), score_threshold=0.2)
+    assert len(found) == len(SIZES)
+    for one, (height, width) in zip(found, SIZES, strict=True):
+        boxes, labels, scores = one["boxes"], one["labels"], one["scores"]
+        assert 0 < len(boxes) == len(labels) == len(scores) <= 200
+        assert boxes.dtype == torch.float32 and labels.dtype == torch.int64
+        assert boxes.min() >= 0
+        assert (boxes <= torch.tensor([width, height, width, height])).all()
+        assert (boxes[:, :2] <= boxes[:, 2:]).all()
+        assert boxes[:, 2].max() > 0.9 * width and boxes[:, 3].max() > 0.9 * height
+        assert labels.min() >= 1 and labels.max() < len(CLASSES)
+        assert scores.min() > 0.2 and (scores.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_list_of_pictures_equals_each_alone(name, detectors):
+    images = pictures()[:2]
+    together = detectors[name](images, score_threshold=0.3)
+    for one, picture in zip(together, images, strict=True):
+        (alone,) = detectors[name]([picture], score_threshold=0.3)
+        assert len(alone["scores"]) > 5
+        assert one["labels"].tolist() == alone["labels"].tolist()
+        assert_close(one["boxes"], alone["boxes"], rtol=0, atol=0.01)
+        assert_close(one["scores"], alone["scores"], rtol=0, atol=1e-4)
+
+
+def test_no_pictures_no_detections(detectors):
+    assert detectors["ssdlite"]([]) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("level", [0, 255])
+def test_black_and_white_pictures(name, level, detectors):
+    (found,) = detectors[name]([np.full((40, 60, 3), level, np.uint8)])
+    assert found["boxes"].shape == (len(found["scores"]), 4)
+    assert found["boxes"].isfinite().all() and found["scores"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_roughly_agrees(name, models, detectors):
+    half = make_detector(models[name], name, amp=True)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    x = torch.randn(1, 3, 300, 300, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        outputs = zip(detectors[name].model(x), half.model(x.bfloat16()), strict=True)
+        for exact, rough in outputs:
+            assert (rough.float() - exact).norm() < 0.03 * exact.norm()
+    (exact,), (rough,) = detectors[name](pictures()[:1]), half(pictures()[:1])
+    assert rough["boxes"].dtype == rough["scores"].dtype == torch.float32
+    for k in range(10):  # NMS may choose otherwise among near-equals
+        same = rough["labels"] == exact["labels"][k]
+        overlap = box_iou(exact["boxes"][k : k + 1], rough["boxes"][same])[0]
+        assert overlap.max() > 0.5
+        assert abs(rough["scores"][same][overlap.argmax()] - exact["scores"][k]) < 0.05
+
+
+class Only(nn.Module):
+    """A network that is sure of one default box, and of its class, whatever it sees."""
+
+    def __init__(self, index, label):
+        super().__init__()
+        self.index, self.label = index, label
+
+    def forward(self, images):
+        logits = torch.zeros(len(images), 8732, len(CLASSES))
+        logits[:, self.index, self.label] = 20
+        return torch.zeros(len(images), 8732, 4), logits
+
+
+@pytest.mark.parametrize("index", [0, 37, 1000, 6000, 8731])
+def test_a_default_box_comes_out_at_its_pixels(index):
+    detector = make_detector(Only(index, 4), "ssd")
+    sizes = [(100, 250), (333, 40)]
+    found = detector([np.zeros((*size, 3), np.uint8) for size in sizes], score_threshold=0.5)
+    for one, (height, width) in zip(found, sizes, strict=True):
+        x1, y1, x2, y2 = to_corners(make_default_boxes("ssd")[index]).clamp(0, 1).tolist()
+        expected = [[x1 * width, y1 * height, x2 * width, y2 * height]]
+        assert_close(one["boxes"], torch.tensor(expected), rtol=0, atol=1e-3)
+        assert one["labels"].tolist() == [4]
+
+
+class Brightest(nn.Module):
+    """A network that detects class 1 in the brightest of 38 x 38 cells: its smallest square."""
+
+    def forward(self, images):
+        cells = nn.functional.avg_pool2d(images.mean(dim=1), 8, ceil_mode=True)
+        logits = torch.zeros(len(images), 8732, len(CLASSES))
+        logits[torch.arange(len(images)), cells.flatten(1).argmax(dim=1), 1] = 20
+        return torch.zeros(len(images), 8732, 4), logits
+
+
+@pytest.mark.parametrize("row, column", [(2, 5), (4, 35), (35, 3), (20, 20)])
+def test_a_bright_spot_is_found_where_it_is(row, column):
+    height, width = 150, 600  # half and twice the network's size, where a cell is 8 pixels
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[row * 4 : row * 4 + 4, column * 16 : column * 16 + 16] = 255
+    (found,) = make_detector(Brightest(), "ssd")([picture], score_threshold=0.5)
+    x, y = column * 16 + 8, row * 4 + 2
+    expected = [[x - 21, y - 5.25, x + 21, y + 5.25]]  # the smallest default box: 21 of 300 pixels
+    assert_close(found["boxes"], torch.tensor(expected), rtol=0, atol=1e-3)
+
+
+def test_a_loaded_detector_is_the_one_that_was_saved(tmp_path, models, detectors):
+    path = tmp_path / "ssdlite.pth"
+    state = {"model": "ssdlite", "model_state_dict": models["ssdlite"].state_dict()}
+    torch.save(state | {"classes": CLASSES, "category_ids": [2, 3, 5, 7, 11, 13, 17]}, path)
+    loaded = Detector.load(path, device="cpu")
+    assert loaded.classes == CLASSES and loaded.category_ids == [2, 3, 5, 7, 11, 13, 17]
+    expected, found = (d(pictures()[:1])[0] for d in (detectors["ssdlite"], loaded))
+    for key in expected:
+        assert torch.equal(found[key], expected[key])
+
+
+def test_record_names_labels_and_the_pictures_size():
+    found = {
+        "boxes": torch.tensor([[1.0, 2, 3, 4]]),
+        "labels": torch.tensor([2]),
+        "scores": torch.tensor([0.5]),
+    }
+    assert record(np.zeros((20, 30, 3), np.uint8), found, CLASSES) == {
+        "width": 30,
+        "height": 20,
+        "detections": [{"label": "class 2", "score": 0.5, "box": [1.0, 2.0, 3.0, 4.0]}],
+    }

@@ -1,0 +1,365 @@
+"""src.engine: evaluation against pycocotools, training steps against hand-worked values."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torch.utils.data import DataLoader
+
+from src.boxes import Encoder, make_default_boxes
+from src.dataset import CocoDataset, ground_truth
+from src.engine import (
+    LOG_EVERY,
+    METRICS,
+    coco_metrics,
+    coco_results,
+    evaluate,
+    metrics_table,
+    train_one_epoch,
+)
+from src.loss import MultiBoxLoss
+from src.model import build_model
+from src.usage import UserError
+
+
+def val_file(folder):
+    return folder / "annotations" / "instances_val2017.json"
+
+
+@pytest.fixture(scope="module")
+def truth(shapes_folder):
+    """Ground truth with a crowd and a picture without objects."""
+    coco = ground_truth(val_file(shapes_folder))
+    assert any(a["iscrowd"] for a in coco.anns.values())
+    assert any(not coco.getAnnIds([image]) for image in coco.imgs)
+    return coco
+
+
+def pycocotools_figures(truth, results, categories=None):
+    """The twelve figures as pycocotools' own loadRes and COCOeval give them: the oracle."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        if categories:
+            judge.params.catIds = categories
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats
+
+
+def perturbed(truth, seed):
+    """Detections: objects moved, some lost, some doubled, some of a wrong class, some invented."""
+    rng, results = np.random.default_rng(seed), []
+    categories = list(truth.cats)
+    for a in truth.anns.values():
+        for _ in range(rng.integers(0, 3)):
+            x, y, w, h = np.array(a["bbox"]) + rng.normal(0, 0.08, 4) * a["bbox"][2]
+            right = rng.random() < 0.8
+            category = a["category_id"] if right else int(rng.choice(categories))
+            results.append((a["image_id"], category, [x, y, max(w, 1), max(h, 1)]))
+    for image in truth.imgs:
+        for _ in range(rng.integers(0, 4)):
+            box = rng.uniform(5, 150, 4).tolist()
+            results.append((image, int(rng.choice(categories)), box))
+    scores = rng.permutation(np.linspace(0.02, 0.99, len(results)))
+    return [
+        {"image_id": i, "category_id": c, "bbox": [float(v) for v in b], "score": float(s)}
+        for (i, c, b), s in zip(results, scores, strict=True)
+    ]
+
+
+# coco_metrics
+
+
+def test_ground_truth_as_detections_scores_one(truth):
+    results = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1}
+        for a in truth.anns.values()
+        if not a["iscrowd"]
+    ]
+    metrics = coco_metrics(truth, results)
+    for name in ("AP", "AP50", "AP75", "AR100"):
+        assert metrics[name] == pytest.approx(1)
+    assert list(metrics["per_class"].values()) == pytest.approx([1] * len(metrics["per_class"]))
+
+
+def test_no_detections_score_zero(truth):
+    metrics = coco_metrics(truth, [])  # pycocotools' loadRes([]) raises IndexError
+    areas = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
+    for name in METRICS:
+        low, high = areas.get(name[-1], (0, 1e10))
+        objects = [a for a in truth.anns.values() if not a["iscrowd"]]
+        exist = any(low <= a["area"] < high for a in objects)
+        assert metrics[name] == (0 if exist else -1), name  # COCO's -1: nothing to find
+    assert metrics["per_class"] and not any(metrics["per_class"].values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_are_pycocotools_own(truth, seed):
+    results = perturbed(truth, seed)
+    metrics = coco_metrics(truth, results)
+    assert list(metrics) == [*METRICS, "per_class"]
+    ours = [metrics[name] for name in METRICS]
+    assert 0.05 < metrics["AP"] < 0.9  # neither extreme would tell much
+    np.testing.assert_allclose(ours, pycocotools_figures(truth, results), atol=1e-12)
+
+
+def test_per_class_ap_is_that_of_each_class_alone(truth):
+    results = perturbed(truth, 7)
+    per_class = coco_metrics(truth, results)["per_class"]
+    for category, entry in truth.cats.items():
+        alone = pycocotools_figures(truth, results, [category])[0]
+        if alone > -1:
+            assert per_class.pop(entry["name"]) == pytest.approx(alone, abs=1e-12)
+    assert not per_class  # a class without an object has no AP
+    json.dumps(coco_metrics(truth, results))  # plain numbers
+
+
+def test_metrics_do_not_change_what_they_are_given(truth):
+    results = perturbed(truth, 1)
+    copies = json.dumps(results), json.dumps(truth.dataset)
+    first, second = coco_metrics(truth, results), coco_metrics(truth, results)
+    assert first == second and copies == (json.dumps(results), json.dumps(truth.dataset))
+
+
+def test_results_are_in_cocos_format():
+    rows = np.array([[139, 1.5, 2, 30, 40, 0.75, 21], [141, 0, 0, 5, 5, 0.5, 3]])
+    first = {"image_id": 139, "category_id": 21, "bbox": [1.5, 2, 30, 40], "score": 0.75}
+    assert coco_results(rows)[0] == first
+    assert type(coco_results(rows)[1]["image_id"]) is int
+    assert coco_results(np.zeros((0, 7))) == []
+
+
+def test_the_table_shows_all_twelve_figures():
+    table = metrics_table({name: i / 100 for i, name in enumerate(METRICS)})
+    words = table.split()
+    assert words[0::2] == METRICS
+    assert [float(word) for word in words[1::2]] == [i / 100 for i in range(12)]
+
+
+# evaluate
+
+
+class Oracle:
+    """A detector that knows: it gives back the annotations, in the order of the data set."""
+
+    def __init__(self, file, found=True):
+        content = json.loads(file.read_text())
+        self.category_ids = sorted(category["id"] for category in content["categories"])
+        self.answers, self.thresholds, self.found = [], set(), found
+        for image in sorted(content["images"], key=lambda image: image["id"]):
+            own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+            own = [a for a in own if not a["iscrowd"]]
+            size = image["width"], image["height"]
+            self.answers.append((size, [(a["bbox"], a["category_id"]) for a in own]))
+
+    def detect_resized(self, images, sizes, score_threshold=0.01, nms_threshold=0.5):
+        assert images.shape[1:] == (300, 300, 3) and images.dtype == torch.uint8
+        self.thresholds.add((score_threshold, nms_threshold))
+        out = []
+        for size in sizes:
+            expected, objects = self.answers.pop(0)
+            assert tuple(size.tolist()) == expected
+            boxes = torch.tensor([b for b, _ in objects if self.found]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            labels = [1 + self.category_ids.index(c) for _, c in objects if self.found]
+            scores = torch.linspace(1, 0.5, len(labels))
+            out.append({"boxes": boxes, "labels": torch.tensor(labels).long(), "scores": scores})
+        return out
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_detector_that_finds_everything_scores_one(shapes_folder, truth, batch_size):
+    loader = DataLoader(CocoDataset(shapes_folder, "val2017"), batch_size)
+    oracle = Oracle(val_file(shapes_folder))
+    metrics, detections = evaluate(oracle, loader, truth, nms_threshold=0.4)
+    assert not oracle.answers  # every picture was shown, those without an object too
+    assert oracle.thresholds == {(0.01, 0.4)}  # SSD section 3.7
+    assert metrics["AP"] == pytest.approx(1)
+    objects = [a for a in truth.anns.values() if not a["iscrowd"]]
+    assert detections.shape == (len(objects), 7) and detections.dtype == np.float64
+    expected = sorted((a["image_id"], *a["bbox"], a["category_id"]) for a in objects)
+    columns = sorted(map(tuple, detections[:, [0, 1, 2, 3, 4, 6]].tolist()))
+    np.testing.assert_allclose(columns, expected, atol=1e-3)
+    assert ((detections[:, 5] >= 0.5) & (detections[:, 5] <= 1)).all()
+    assert (np.diff(detections[:, 0]) >= 0).all()
+
+
+def test_a_detector_that_finds_nothing_scores_zero(shapes_folder, truth):
+    loader = DataLoader(CocoDataset(shapes_folder, "val2017"), 4)
+    oracle = Oracle(val_file(shapes_folder), found=False)
+    metrics, detections = evaluate(oracle, loader, truth)
+    assert metrics["AP"] == 0 and detections.shape == (0, 7)
+
+
+def test_large_image_ids_survive(tmp_path):
+    # COCO's ids fit a float32 no more: 2^24 is 16.8 million.
+    image_id = 2**40 + 1
+    images = [{"id": image_id, "width": 300, "height": 300}]
+    entry = {"id": 1, "image_id": image_id, "category_id": 5, "bbox": [9, 9, 99, 99]}
+    truth = COCO()
+    truth.dataset = {"images": images, "categories": [{"id": 5, "name": "x"}]}
+    truth.dataset["annotations"] = [entry | {"area": 9801, "iscrowd": 0}]
+    truth.createIndex()
+
+    class One:
+        category_ids = [5]
+
+        def detect_resized(self, images, sizes, **thresholds):
+            boxes = torch.tensor([[9.0, 9, 108, 108]])
+            return [{"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}]
+
+    pixels = torch.zeros(1, 300, 300, 3, dtype=torch.uint8)
+    loader = [(pixels, torch.tensor([image_id]), torch.tensor([[300.0, 300]]))]
+    metrics, detections = evaluate(One(), loader, truth)
+    assert metrics["AP"] == pytest.approx(1)
+    assert coco_results(detections)[0]["image_id"] == image_id
+
+
+# train_one_epoch
+
+
+class Weight(nn.Module):
+    """One weight, handed to the criterion as both outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images):
+        assert images.dtype == torch.float32 and images.shape[1:] == (3, 300, 300)
+        return self.w, self.w
+
+
+def batches(count, size=2):
+    """`count` batches; cls_targets hold the batch's number, ids count up."""
+    pixels = torch.zeros(size, 300, 300, 3, dtype=torch.uint8)
+    return [
+        (pixels, torch.zeros(size, 1, 4), torch.full((size, 1), i), torch.arange(size) + 100 * i)
+        for i in range(count)
+    ]
+
+
+def train(model, loader, criterion, first=0, epoch=0, lr=lambda *_: 0.1, amp=False, momentum=0):
+    """All that an epoch yields, trained with plain SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), 123.0, momentum)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first, lr, amp)
+
+
+def logged(steps):
+    """The steps that have figures."""
+    return [(iteration, figures) for iteration, figures in steps if figures]
+
+
+def constant_losses(loc, cls, loc_targets, cls_targets):
+    """Losses i and 10 i in batch i, of gradient 1 and 10."""
+    number = cls_targets.flatten()[0].float()
+    return loc - loc.detach() + number, 10 * (cls - cls.detach() + number)
+
+
+@pytest.mark.parametrize(
+    "first, count, expected",
+    [(0, 23, [9, 19, 22]), (0, 20, [9, 19]), (7, 5, [9, 11]), (9, 1, [9]), (0, 1, [0]), (4, 0, [])],
+)
+def test_it_yields_every_step_and_figures_every_ten_and_at_the_last(first, count, expected):
+    assert LOG_EVERY == 10
+    steps = list(train(Weight(), batches(count), constant_losses, first))
+    assert [iteration for iteration, _ in steps] == list(range(first, first + count))
+    assert [iteration for iteration, _ in logged(steps)] == expected
+    start = first
+    for iteration, figures in logged(steps):  # the mean since the last time
+        mean = np.mean([i - first for i in range(start, iteration + 1)])
+        assert figures["Loss_loc"] == pytest.approx(mean)
+        assert figures["Loss_cls"] == pytest.approx(10 * mean)
+        assert figures["Loss"] == pytest.approx(11 * mean)
+        assert figures["Images_per_second"] > 0
+        start = iteration + 1
+
+
+def test_every_step_has_its_own_learning_rate_and_gradient():
+    # dLoss/dw is 11 in every step: w goes down by 11 times the sum of the rates.
+    def rate(epoch, iteration):
+        assert epoch == 3
+        return 0.001 * (iteration + 1)
+
+    model = Weight()
+    steps = logged(train(model, batches(6), constant_losses, first=8, epoch=3, lr=rate))
+    assert model.w.item() == pytest.approx(-11 * 0.001 * sum(range(9, 15)), rel=1e-5)
+    assert [figures["LR"] for _, figures in steps] == pytest.approx([0.010, 0.014])
+
+
+def test_training_sets_training_mode_and_normalises():
+    seen = []
+
+    class Spy(Weight):
+        def forward(self, images):
+            seen.append((self.training, images[0, :, 0, 0].tolist()))
+            return super().forward(images)
+
+    model = Spy().eval()
+    list(train(model, batches(1), constant_losses))
+    # Black is minus mean over standard deviation, ImageNet's.
+    black = [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]
+    assert seen == [(True, pytest.approx(black, abs=1e-4))]
+
+
+def test_a_step_is_done_when_it_is_yielded():
+    model = Weight()  # a checkpoint saved now has this step in it
+    for done, _ in enumerate(train(model, batches(3), constant_losses), start=1):
+        assert model.w.item() == pytest.approx(-1.1 * done, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", ["loc", "cls"])
+def test_a_loss_that_is_not_finite_stops_with_epoch_iteration_and_images(value, which):
+    def criterion(loc, cls, loc_targets, cls_targets):
+        factor = value if cls_targets.flatten()[0] >= 13 else 1
+        loc_factor, cls_factor = (factor, 1) if which == "loc" else (1, factor)
+        return loc * 0 + loc_factor, cls * 0 + cls_factor
+
+    with pytest.raises(UserError) as error:
+        list(train(Weight(), batches(40), criterion, first=20, epoch=4))
+    message = str(error.value)
+    assert "epoch 5" in message and "iteration 33" in message and "[1300, 1301]" in message
+    assert "--lr" in message and "\n" not in message
+
+
+def test_mixed_precision_computes_in_half_and_keeps_float_weights():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, images):
+            return self.layer(images.mean(dim=(2, 3))).unbind(1)
+
+    seen = []
+
+    def criterion(loc, cls, loc_targets, cls_targets):
+        seen.append(loc.dtype)
+        return loc.float().mean(), cls.float().mean()
+
+    model = Linear()
+    for amp in (False, True):
+        list(train(model, batches(1), criterion, amp=amp))
+    assert seen == [torch.float32, torch.bfloat16]
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_ssdlite_learns_a_batch_of_two(shapes_folder):
+    torch.manual_seed(0)
+    encoder = Encoder(make_default_boxes("ssdlite"))
+    data = CocoDataset(shapes_folder, "train2017", encoder)
+    full = [i for i in range(len(data)) if len(data.objects(i)[0]) > 0][:2]
+    batch = next(iter(DataLoader(data, 2, sampler=[(0, i) for i in full])))
+    model = build_model("ssdlite", len(data.classes), pretrained_backbone=False)
+    steps = train(model, [batch] * 21, MultiBoxLoss(), lr=lambda *_: 5e-3, momentum=0.9)
+    losses = [figures["Loss"] for _, figures in logged(steps)]
+    assert len(losses) == 3 and losses[2] < 0.7 * losses[0]

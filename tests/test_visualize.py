@@ -1,0 +1,177 @@
+"""src.visualize: what is drawn, where, in which colour."""
+
+import numpy as np
+import pytest
+
+from src.visualize import class_colour, draw_detections
+
+GREY = 100
+CLASSES = ["background", "dog", "cat", "traffic light"]
+
+
+def canvas(height=200, width=300):
+    return np.full((height, width, 3), GREY, np.uint8)
+
+
+def draw(boxes, labels, scores=None, classes=CLASSES, size=(200, 300)):
+    return draw_detections(canvas(*size), np.float32(boxes).reshape(-1, 4), labels, scores, classes)
+
+
+def changed(picture):
+    """Where a drawn picture differs from the empty canvas, (H, W) bool."""
+    return (picture != GREY).any(axis=2)
+
+
+def ink(picture, label):
+    """Where type is: pixels neither of the canvas nor of the class's colour (its edges, too)."""
+    return changed(picture) & (picture != class_colour(label)).any(axis=2)
+
+
+def test_no_detections_leave_the_picture_as_it_is():
+    assert np.array_equal(draw([], [], []), canvas())
+    assert np.array_equal(draw([], [], None), canvas())
+
+
+def test_the_input_is_not_modified():
+    image = canvas()
+    image.flags.writeable = False
+    out = draw_detections(image, np.float32([[20, 50, 90, 120]]), [1], [0.5], CLASSES)
+    assert (image == GREY).all() and changed(out).any()
+    assert out.shape == image.shape and out.dtype == np.uint8
+    mirrored = draw_detections(image[:, ::-1], [[20, 50, 90, 120]], [1], [0.5], CLASSES)
+    assert np.array_equal(mirrored, out)
+
+
+def test_only_the_edges_of_boxes_and_their_labels_change():
+    touched = changed(draw([[100, 100, 200, 160]], [1], [0.87]))
+    frame = np.zeros_like(touched)
+    frame[98:163, 98:203] = True  # the box and 2 pixels around it
+    frame[103:158, 103:198] = False  # but not its inside
+    frame[75:100, 98:203] = True  # a label stands above it
+    assert not (touched & ~frame).any()
+
+
+def test_edges_carry_the_classs_colour():
+    for label in (1, 2, 3):
+        out = draw([[100, 100, 200, 160]], [label])
+        for edge in (out[160, 100:201], out[100:161, 100], out[100:161, 200]):
+            assert (edge == class_colour(label)).all()
+        assert (out[100, 180:201] == class_colour(label)).all()
+
+
+def test_colours_tell_classes_apart():
+    colours = np.array([class_colour(label) for label in range(1, 91)])
+    assert colours.min() >= 0 and colours.max() <= 255
+    distance = np.abs(colours[:, None] - colours).sum(axis=2) + 1000 * np.eye(len(colours))
+    assert distance.min() > 0  # COCO's labels, all different
+    assert np.diag(distance, 1).min() > 100  # neighbours far apart
+    assert np.diag(distance, 2).min() > 60
+    assert class_colour(7) == class_colour(7)
+
+
+def test_each_detection_has_its_own_class_and_score():
+    boxes, labels = [[20, 60, 100, 180], [180, 60, 290, 180]], [1, 3]
+    both = draw(boxes, labels, [0.9, 0.3])
+    alone = [draw(boxes[k : k + 1], labels[k : k + 1], [(0.9, 0.3)[k]]) for k in range(2)]
+    assert np.array_equal(both[:, :150], alone[0][:, :150])
+    assert np.array_equal(both[:, 150:], alone[1][:, 150:])
+    assert not np.array_equal(draw(boxes, labels, [0.9, 0.4]), both)
+
+
+def test_without_scores_only_names_are_written():
+    box = [[100, 100, 200, 160]]
+    name, scored = draw(box, [1]), draw(box, [1], [0.5])
+    assert 0 < ink(name, 1).sum() < ink(scored, 1).sum()
+    assert np.array_equal(draw(box, [1], [0.5], ["", ""]), draw(box, [1], None, ["", " 0.50"]))
+
+
+def test_the_best_detection_is_drawn_on_top():
+    boxes = [[50, 50, 150, 150]] * 2
+    out = draw(boxes, [1, 2], [0.9, 0.2])
+    assert (out[150, 50:151] == class_colour(1)).all()
+
+
+def borders(height, width, side):
+    """A box at each corner and border of a picture, and one that fills it."""
+    xs, ys = [(0, side), (width - side, width)], [(0, side), (height - side, height)]
+    xs, ys = [*xs, (width // 2, width // 2 + side)], [*ys, (height // 2, height // 2 + side)]
+    boxes = [(x1, y1, x2, y2) for x1, x2 in xs for y1, y2 in ys]
+    return [*boxes, (0, 0, width, height), (width - 1, height - 1, width, height)]
+
+
+@pytest.mark.parametrize("size", [(60, 90), (200, 300), (300, 200), (1500, 1100)])
+def test_a_labels_type_is_whole_at_every_border(size):
+    height, width = size
+    classes = ["background", "dog"]
+    whole = ink(draw([[width // 10, height // 2, width, height]], [1], None, classes, size), 1)
+    assert whole.sum() > 20
+    for box in borders(height, width, min(height, width) // 5):
+        type_ = ink(draw([box], [1], None, classes, size), 1)
+        assert type_.sum() == whole.sum(), box
+        # Room for the plate on every side of the type: it does not touch the frame.
+        assert not (type_[0].any() or type_[-1].any() or type_[:, 0].any() or type_[:, -1].any())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 20), (8, 300), (300, 8)])
+def test_tiny_pictures_are_drawn_on(size):
+    for box in borders(*size, 5):
+        out = draw([box], [1], [0.5], CLASSES, size)
+        assert out.shape == (*size, 3) and changed(out).any()
+
+
+def test_type_stays_inside_a_tiny_picture_from_top_to_bottom():
+    # A name of one letter fits into 20 x 20 pixels, wherever its box is.
+    whole = ink(draw([[5, 18, 20, 20]], [1], None, ["", "x"], (20, 20)), 1)
+    assert whole.any()
+    for box in borders(20, 20, 6):
+        assert ink(draw([box], [1], None, ["", "x"], (20, 20)), 1).sum() == whole.sum()
+
+
+def test_lines_and_type_scale_with_the_picture():
+    heights = []
+    for scale in (1, 4):
+        size = (300 * scale, 300 * scale)
+        out = draw([np.float32([60, 150, 240, 270]) * scale], [1], None, CLASSES, size)
+        rows = ink(out, 1).any(axis=1)
+        line = (out[:, 200 * scale] == class_colour(1)).all(axis=1)
+        heights.append((rows.sum(), line[200 * scale :].sum()))
+    (small_type, small_line), (large_type, large_line) = heights
+    assert 3 * small_type < large_type < 5 * small_type
+    assert 3 * small_line <= large_line <= 8 * small_line  # OpenCV draws 5 as 7 pixels
+
+
+@pytest.mark.parametrize(
+    "a, b", [("人", "狗"), ("ж", "я"), ("ك", "ق"), ("é", "ü"), ("犬", "猫"), ("개", "말")]
+)
+def test_names_in_other_scripts_are_written_not_replaced_by_question_marks(a, b):
+    box = [[100, 100, 200, 160]]
+    drawn = {name: draw(box, [1], None, ["", name]) for name in (a, b, "?", "�", " ")}
+    for other in (b, "?", "�", " "):
+        assert not np.array_equal(drawn[a], drawn[other])
+    for other in ("?", "�", " "):
+        assert not np.array_equal(drawn[b], drawn[other])
+
+
+def luminance(colour):
+    """Relative luminance of WCAG 2.1, of sRGB (R, G, B) in 0-255."""
+    part = np.float64(colour) / 255
+    part = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    return part @ (0.2126, 0.7152, 0.0722)
+
+
+def test_type_can_be_read_on_its_plate():
+    for label in range(1, 91):
+        out = draw([[5, 100, 590, 590]], [label], None, [""] * label + ["III"], (600, 600))
+        plate = luminance(class_colour(label))
+        inks = luminance(out[ink(out, label)])
+        contrast = (np.maximum(inks, plate) + 0.05) / (np.minimum(inks, plate) + 0.05)
+        assert contrast.max() > 2, label
+
+
+def test_boxes_may_be_tensors_or_arrays_or_lists():
+    torch = pytest.importorskip("torch")
+    boxes, labels, scores = [[100.4, 99.6, 200, 160]], [1], [0.5]
+    expected = draw(boxes, labels, scores)
+    tensors = [torch.tensor(values) for values in (boxes, labels, scores)]
+    assert np.array_equal(draw_detections(canvas(), *tensors, CLASSES), expected)
+    assert (expected[100, 180:200] == class_colour(1)).all()  # rounded, not cut off
