@@ -1,0 +1,71 @@
+"""COCO figures of a checkpoint on a data set in COCO layout, and pictures of what it finds.
+
+python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.pth
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from src import usage
+from src.dataset import CocoDataset, ground_truth
+from src.detector import Detector
+from src.engine import coco_results, evaluate, metrics_table
+from src.usage import UserError
+from src.visualize import draw_detections
+
+
+def parse_args():
+    """The command line."""
+    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    share = usage.number(float, 0, 1)
+    add = parser.add_argument
+    add("--data-path", default="/coco", help="folder with annotations/ and the pictures' folders")
+    add("--val-set", default="val2017", help="folder of the pictures")
+    add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
+    add("--cls-threshold", type=share, default=0.5, help="lowest score to draw; no effect on mAP")
+    add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
+    add("--batch-size", type=usage.number(int, 1), default=32)
+    add("--num-workers", type=usage.number(int, 0), default=4, help="loading processes")
+    add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
+    add("--output", default="predictions", help="folder for pictures, detections and metrics")
+    return parser.parse_args()
+
+
+def main():
+    """Evaluate, write the results, draw."""
+    args = parse_args()
+    output = Path(args.output)
+    for name in ("detections.json", "metrics.json"):
+        usage.make_writable("--output", output / name)
+    detector = Detector.load(args.pretrained_model, amp=args.amp)
+    print(f"{args.pretrained_model}: {detector.layout}")
+    dataset = CocoDataset(args.data_path, args.val_set)
+    if not set(detector.category_ids) <= set(dataset.category_ids):
+        raise UserError(
+            f"{args.pretrained_model}: detects categories {detector.category_ids}, but"
+            f" {dataset.annotation_file} has {dataset.category_ids}: use the set it was trained for"
+        )
+    loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
+    truth = ground_truth(dataset.annotation_file)
+    metrics, detections = evaluate(detector, loader, truth, args.nms_threshold)
+    results = coco_results(detections)
+    (output / "detections.json").write_text(json.dumps(results))
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    for index, image_id in enumerate(tqdm(dataset.image_ids, "draw", leave=False)):
+        rows = detections[detections[:, 0] == image_id]
+        rows = rows[rows[:, 5] >= args.cls_threshold]
+        boxes = np.concatenate([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:5]], axis=1)
+        labels = np.searchsorted(dataset.category_ids, rows[:, 6]) + 1
+        drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], dataset.classes)
+        Image.fromarray(drawn).save(output / f"{image_id}.jpg", quality=90)
+    print(metrics_table(metrics))
+    print(f"{len(dataset)} pictures, detections.json, metrics.json -> {output}")
+
+
+if __name__ == "__main__":
+    usage.run(main)

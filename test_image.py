@@ -1,0 +1,108 @@
+"""Detect objects in pictures.
+
+    python test_image.py --pretrained-model trained_models/ssd.pth --input a.jpg --output b.jpg
+    python test_image.py --pretrained-model trained_models/ssd.pth --input folder --output folder2
+
+`--input` takes any number of files and folders.
+"""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from src import usage
+from src.detector import Detector, record
+from src.transform import read_image
+from src.usage import UserError
+from src.visualize import draw_detections
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+def parse_args():
+    """The command line."""
+    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    share = usage.number(float, 0, 1)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="pictures, and folders of pictures")
+    add(
+        "--output",
+        help="file for one picture, else folder; default: {stem}_prediction.jpg beside it",
+    )
+    add("--json", help="also write the detections to this file")
+    add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
+    add("--cls-threshold", type=share, default=0.3, help="lowest score to show")
+    add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
+    add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
+    return parser.parse_args()
+
+
+def find_pictures(inputs):
+    """Expand folders into the pictures they hold, sorted."""
+    files = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            # A folder that we wrote into before: do not detect in our own drawings.
+            files += [file for file in found if not file.stem.endswith("_prediction")]
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"--input {path}: no such file or folder")
+    if not files:
+        raise UserError(
+            f"--input {' '.join(inputs)}: no pictures there ({' '.join(sorted(PICTURES))})"
+        )
+    return files
+
+
+def output_files(inputs, files, output):
+    """Where the drawing of each of `files` goes; folders are made if their parent exists."""
+    if output is None:
+        outputs = [file.with_name(f"{file.stem}_prediction.jpg") for file in files]
+    elif len(files) == 1 and Path(inputs[0]).is_file() and not Path(output).is_dir():
+        outputs = [Path(output)]
+    else:
+        if Path(output).suffix.lower() in PICTURES and not Path(output).is_dir():
+            raise UserError(f"--output {output}: is one picture for {len(files)}: give a folder")
+        outputs = [Path(output) / f"{file.stem}_prediction.jpg" for file in files]
+    for file in outputs:
+        if file.suffix.lower() not in PICTURES:
+            raise UserError(f"--output {file}: unknown picture type; end it in .jpg or .png")
+    if len(set(outputs)) < len(outputs):
+        raise UserError("--input: two pictures of the same name would be drawn to one file")
+    return outputs
+
+
+def main():
+    """Read, detect, draw, write."""
+    args = parse_args()
+    files = find_pictures(args.input)
+    outputs = output_files(args.input, files, args.output)
+    for path in outputs:
+        usage.make_writable("--output", path)
+    if args.json:
+        usage.make_writable("--json", args.json)
+    detector = Detector.load(args.pretrained_model, amp=args.amp)
+    print(f"{args.pretrained_model}: {detector.layout}")
+    records, unreadable = [], []
+    for file, output in zip(files, outputs, strict=True):
+        try:
+            image = read_image(file)
+        except UserError as error:
+            unreadable.append(str(error))  # the other pictures first
+            continue
+        found = detector([image], args.cls_threshold, args.nms_threshold)[0]
+        records.append({"file": str(file)} | record(image, found, detector.classes))
+        drawn = draw_detections(image, **found, classes=detector.classes)
+        Image.fromarray(drawn).save(output, quality=95)
+        print(f"{file}: {len(found['boxes'])} objects -> {output}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"images": records}, indent=1))
+    if unreadable:
+        raise UserError("; ".join(unreadable))
+
+
+if __name__ == "__main__":
+    usage.run(main)

@@ -1,0 +1,290 @@
+"""The command lines, run as a user runs them: train, resume, evaluate, detect."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.engine import METRICS
+from src.shapes import make_dataset
+from src.transform import read_image
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+SMALL = ["--no-pretrained-backbone", "--batch-size", "4", "--num-workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    make_dataset(folder, train=12, val=5, seed=1)
+    return folder
+
+
+def run(*command, status=0):
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def train(shapes, folder, *options, launcher=(), status=0):
+    return run(
+        *launcher, "train.py", "--data-path", shapes, "--save-folder", folder,
+        "--log-path", folder / "log", "--model", "ssdlite", *SMALL, *options, status=status,
+    )  # fmt: skip
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def scalars(folder):
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    log.Reload()
+    return {tag: log.Scalars(tag) for tag in log.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(shapes, folder, "--epochs", 2)
+    return folder
+
+
+def test_training_leaves_checkpoints_and_a_log(trained):
+    state = load(trained / "ssdlite.pth")
+    assert state["model"] == "ssdlite" and state["epoch"] == 2 and state["samples_seen"] == 0
+    assert state["classes"][0] == "background" and len(state["classes"]) == 7
+    assert state["category_ids"] == sorted(state["category_ids"])
+    assert (trained / "ssdlite_best.pth").is_file()
+    found = scalars(trained / "log" / "ssdlite")
+    train_tags = {"Loss", "Loss_loc", "Loss_cls", "LR", "Images_per_second"}
+    test_tags = {"mAP", *METRICS[1:]}
+    assert set(found) == {f"Train/{t}" for t in train_tags} | {f"Test/{t}" for t in test_tags}
+    assert [event.step for event in found["Test/mAP"]] == [3, 6]
+    assert all(math.isfinite(event.value) for events in found.values() for event in events)
+
+
+def test_a_run_stopped_and_resumed_equals_one_never_stopped(shapes, trained, tmp_path):
+    train(shapes, tmp_path, "--epochs", 1)
+    resumed = train(shapes, tmp_path, "--epochs", 2, "--num-workers", 2)
+    assert "going on from" in resumed.stdout
+    weights, expected = (
+        load(folder / "ssdlite.pth")["model_state_dict"] for folder in (tmp_path, trained)
+    )
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert [e.step for e in scalars(tmp_path / "log" / "ssdlite")["Test/mAP"]] == [3, 6]
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(shapes, whole, "--epochs", 6)
+    command = [sys.executable, "train.py", "--data-path", shapes, "--save-folder", stopped]
+    command += ["--log-path", stopped / "log", "--model", "ssdlite", *SMALL, "--epochs", "6"]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE
+    )
+    while not (stopped / "ssdlite.pth").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in output
+    assert load(stopped / "ssdlite.pth")["epoch"] < 6
+    train(shapes, stopped, "--epochs", 6)
+    weights, expected = (
+        load(folder / "ssdlite.pth")["model_state_dict"] for folder in (stopped, whole)
+    )
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    once, again = (scalars(folder / "log" / "ssdlite") for folder in (whole, stopped))
+    for tag, events in once.items():  # nothing missing, nothing twice
+        assert [e.step for e in again[tag]] == [e.step for e in events], tag
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29611"],
+        ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master-port=29612"],
+    ],
+    ids=["torchrun", "launch"],
+)
+def test_two_processes(shapes, tmp_path, launcher):
+    done = train(shapes, tmp_path, "--epochs", 1, "--batch-size", 2, launcher=launcher)
+    assert done.stdout.count("AP50") == 1  # one process speaks
+    assert load(tmp_path / "ssdlite.pth")["epoch"] == 1
+    steps = [event.step for event in scalars(tmp_path / "log" / "ssdlite")["Train/Loss"]]
+    assert steps == [2]  # 12 pictures in 3 steps of 2 x 2, logged after the last
+
+
+def test_ssd_with_amp_and_zoom_out(shapes, tmp_path):
+    train(
+        shapes, tmp_path, "--epochs", 1, "--model", "ssd", "--amp", "--zoom-out", "--save-every", 1
+    )
+    out = tmp_path / "found"
+    run(
+        "test_dataset.py", "--data-path", shapes, "--pretrained-model", tmp_path / "ssd.pth",
+        "--num-workers", 0, "--output", out, "--amp",
+    )  # fmt: skip
+    assert set(json.loads((out / "metrics.json").read_text())) == {*METRICS, "per_class"}
+
+
+def test_dataset_script_gives_the_figures_of_training(shapes, trained, tmp_path):
+    done = run(
+        "test_dataset.py", "--data-path", shapes, "--pretrained_model", trained / "ssdlite.pth",
+        "--num-workers", 0, "--batch-size", 4, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert "AP50" in done.stdout
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    logged = scalars(trained / "log" / "ssdlite")["Test/mAP"][-1].value
+    assert metrics["AP"] == pytest.approx(logged, abs=1e-6)
+    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    detections = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {d["category_id"] for d in detections} <= {c["id"] for c in truth["categories"]}
+    assert {d["image_id"] for d in detections} <= {i["id"] for i in truth["images"]}
+    assert set(detections[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 5
+
+
+def test_image_script(shapes, trained, tmp_path):
+    files = sorted((shapes / "val2017").glob("*.jpg"))
+    model = ["--pretrained-model", trained / "ssdlite.pth"]
+    options = [*model, "--cls-threshold", "0.05", "--json", tmp_path / "all.json"]
+    run("test_image.py", "--input", shapes / "val2017", "--output", tmp_path / "out", *options)
+    assert len(list((tmp_path / "out").glob("*_prediction.jpg"))) == len(files)
+    images = json.loads((tmp_path / "all.json").read_text())["images"]
+    assert [Path(entry["file"]) for entry in images] == files
+    for entry in images:
+        height, width = read_image(entry["file"]).shape[:2]
+        assert (entry["width"], entry["height"]) == (width, height)
+        for found in entry["detections"]:
+            x1, y1, x2, y2 = found["box"]
+            assert 0 <= x1 <= x2 <= width + 1e-3 and 0 <= y1 <= y2 <= height + 1e-3
+            assert 0.05 < found["score"] <= 1 and isinstance(found["label"], str)
+    run("test_image.py", "--input", files[0], "--output", tmp_path / "one.png", *model)
+    assert read_image(tmp_path / "one.png").shape == read_image(files[0]).shape
+
+
+def test_image_script_names_its_output_itself(shapes, trained, tmp_path):
+    picture = tmp_path / "a b.jpg"
+    picture.write_bytes(next((shapes / "val2017").glob("*.jpg")).read_bytes())
+    run("test_image.py", "--input", picture, "--pretrained-model", trained / "ssdlite.pth")
+    assert (tmp_path / "a b_prediction.jpg").is_file()
+
+
+def test_video_script(trained, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 29.97, (320, 240))
+    for step in range(7):
+        frame = np.full((240, 320, 3), 90, np.uint8)
+        writer.write(cv2.circle(frame, (60 + 20 * step, 120), 40, (0, 200, 255), cv2.FILLED))
+    writer.release()
+    run(
+        "test_video.py", "--input", clip, "--json", tmp_path / "clip.json",
+        "--pretrained-model", trained / "ssdlite.pth", "--cls-threshold", "0.05",
+    )  # fmt: skip
+    video = cv2.VideoCapture(str(tmp_path / "clip_prediction.mp4"))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(29.97, abs=0.01)
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 7
+    lines = [json.loads(line) for line in (tmp_path / "clip.json").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(7))
+    assert all((line["width"], line["height"]) == (320, 240) for line in lines)
+
+
+def test_fine_tuning_keeps_all_but_the_class_heads(shapes, trained, tmp_path):
+    other = tmp_path / "other"
+    make_dataset(other, train=6, val=2, seed=2)
+    for name in ("train2017", "val2017"):
+        file = other / "annotations" / f"instances_{name}.json"
+        data = json.loads(file.read_text())
+        data["categories"].append({"id": 99, "name": "nothing of it here"})
+        file.write_text(json.dumps(data))
+    options = ["--pretrained-model", trained / "ssdlite.pth", "--epochs", 1, "--lr", 0]
+    done = train(other, tmp_path / "out", *options)
+    assert "7 classes there, 8 here" in done.stdout
+    before, after = (
+        load(f / "ssdlite.pth")["model_state_dict"] for f in (trained, tmp_path / "out")
+    )
+    learnt = [n for n in before if not n.startswith("conf.") and n.endswith((".weight", ".bias"))]
+    assert all(torch.equal(before[name], after[name]) for name in learnt)
+
+
+@pytest.mark.parametrize(
+    "script, options, value",
+    [
+        ("train.py", ["--data-path", "no/such"], "no/such"),
+        ("train.py", ["--batch-size", "0"], "'0'"),
+        ("train.py", ["--batch-size", "64"], "--batch-size 12"),
+        ("train.py", ["--model", "yolo"], "yolo"),
+        ("train.py", ["--nms-threshold", "1.5"], "'1.5'"),
+        ("train.py", ["--lr", "nan"], "'nan'"),
+        ("train.py", ["--pretrained-model", "no.pth"], "no.pth"),
+        ("test_image.py", ["--input", "no.jpg"], "no.jpg"),
+        ("test_image.py", ["--input", "README.md"], "README.md"),
+        ("test_image.py", ["--cls-threshold", "-1", "--input", "README.md"], "'-1'"),
+        ("test_video.py", ["--input", "README.md"], "README.md"),
+        ("test_video.py", ["--input", "77"], "77"),
+        ("test_dataset.py", ["--data-path", "no/such"], "no/such"),
+    ],
+)
+def test_a_mistake_takes_one_line_and_status_2(shapes, trained, tmp_path, script, options, value):
+    common = {
+        "train.py": [
+            "--data-path",
+            shapes,
+            "--save-folder",
+            tmp_path,
+            "--model",
+            "ssdlite",
+            *SMALL,
+        ],
+        "test_dataset.py": ["--output", tmp_path / "out"],
+        "test_image.py": ["--output", tmp_path / "x.jpg"],
+        "test_video.py": ["--output", tmp_path / "x.mp4"],
+    }[script]
+    if script != "train.py":
+        common += ["--pretrained-model", trained / "ssdlite.pth"]
+    done = run(script, *common, *options, status=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and value in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        (
+            "train.py",
+            "data-path train-set val-set model epochs batch-size amp lr momentum weight-decay"
+            " multistep warmup nms-threshold num-workers save-folder save-every log-path"
+            " pretrained-model no-pretrained-backbone zoom-out seed",
+        ),
+        (
+            "test_dataset.py",
+            "data-path val-set pretrained-model cls-threshold nms-threshold batch-size"
+            " num-workers amp output",
+        ),
+        (
+            "test_image.py",
+            "input output json pretrained-model cls-threshold nms-threshold amp",
+        ),
+        (
+            "test_video.py",
+            "input output json pretrained-model cls-threshold nms-threshold amp",
+        ),
+    ],
+)
+def test_help_names_the_options_of_the_design(script, options):
+    text = run(script, "--help").stdout
+    assert all(f"--{option} " in text or f"--{option}\n" in text for option in options.split())

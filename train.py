@@ -1,0 +1,312 @@
+"""Train SSD or SSDLite on a data set in COCO layout.
+
+    python train.py --data-path /coco --model ssd --batch-size 32 --amp
+    torchrun --nproc_per_node=8 train.py --data-path /coco --model ssd --batch-size 32 --amp
+
+Stop it whenever you want (Ctrl-C): the same command goes on where it was.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+import cv2
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from src import distributed, usage
+from src.boxes import Encoder, make_default_boxes
+from src.checkpoint import fill, fine_tune_from, load_checkpoint, save_checkpoint
+from src.dataset import CocoDataset, TrainSampler, ground_truth
+from src.detector import Detector
+from src.engine import evaluate, metrics_table, train_one_epoch
+from src.loss import MultiBoxLoss
+from src.model import build_model
+from src.usage import UserError
+
+
+def parse_args():
+    """The command line."""
+    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    positive, share = usage.number(int, 1), usage.number(float, 0, 1)
+    add = parser.add_argument
+    add("--data-path", default="/coco", help="folder with annotations/ and the pictures' folders")
+    add("--train-set", default="train2017", help="folder of the training pictures")
+    add("--val-set", default="val2017", help="folder of the validation pictures")
+    add(
+        "--model",
+        choices=["ssd", "ssdlite"],
+        default="ssd",
+        help="SSD-ResNet50 or SSDLite-MobileNetV2",
+    )
+    add("--epochs", type=positive, default=65)
+    add("--batch-size", type=usage.number(int, 2), default=32, help="pictures a process and step")
+    add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on a CPU")
+    add(
+        "--lr",
+        type=usage.number(float, 0),
+        default=2.6e-3,
+        help="for 32 pictures a step; scaled with their number",
+    )
+    add("--momentum", type=share, default=0.9)
+    add(
+        "--weight-decay",
+        type=usage.number(float, 0),
+        default=5e-4,
+        help="not on biases and batch norm",
+    )
+    add(
+        "--multistep",
+        type=positive,
+        nargs="*",
+        default=[43, 54],
+        help="epochs after which lr is divided by 10",
+    )
+    add(
+        "--warmup",
+        type=usage.number(int, 0),
+        default=300,
+        help="iterations; at most the first epoch",
+    )
+    add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
+    add(
+        "--num-workers",
+        type=usage.number(int, 0),
+        default=4,
+        help="loading processes for each training process",
+    )
+    add(
+        "--save-folder",
+        default="trained_models",
+        help="checkpoints; training goes on from the one there",
+    )
+    add("--save-every", type=positive, help="iterations; default: save after every epoch")
+    add("--log-path", default="tensorboard", help="TensorBoard's folder")
+    add("--pretrained-model", help="checkpoint to fine-tune")
+    add(
+        "--no-pretrained-backbone",
+        action="store_true",
+        help="start from random weights, without ImageNet's",
+    )
+    add("--zoom-out", action="store_true", help="the paper's expansion (section 3.6)")
+    add("--seed", type=usage.number(int, 0), default=123)
+    add("--local-rank", type=int, help="set by torch.distributed.launch")  # we read LOCAL_RANK
+    return parser.parse_args()
+
+
+def say(text):
+    """Print from one process only."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def stop_on_signals():
+    """Return a function that gives the signal which asked to stop, or None.
+
+    Ctrl-C and SIGTERM wait for the step under way; a second Ctrl-C leaves at once.
+    """
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return lambda: received[0] if received else None
+
+
+def start_worker(worker):
+    """In a loading process: one thread, and signals are the training process's business."""
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def describe(train_set, val_set):
+    """Say what was found and repaired; UserError if the two sets do not belong together."""
+    if train_set.category_ids != val_set.category_ids:
+        raise UserError(
+            f"{val_set.annotation_file}: its categories {val_set.category_ids} are not those of"
+            f" {train_set.annotation_file}, {train_set.category_ids}: make them the same"
+        )
+    for name, data in (("training", train_set), ("validation", val_set)):
+        counts = "".join(f", {count} {what}" for what, count in data.repairs.items())
+        boxes = f"{len(data.boxes)} boxes of {len(data.classes) - 1} classes"
+        say(f"{name}: {len(data)} pictures, {boxes}{counts}")
+
+
+def start_network(args, state, classes):
+    """The network to train: as the checkpoint `state` left it, to be fine-tuned, or new."""
+    pretrained = not (state or args.pretrained_model or args.no_pretrained_backbone)
+    try:
+        network = build_model(args.model, len(classes), pretrained)
+    except OSError as error:
+        raise UserError(
+            f"no ImageNet weights ({error}): put them into {torch.hub.get_dir()}/checkpoints,"
+            " or train from scratch with --no-pretrained-backbone"
+        ) from error
+    source = state or (args.pretrained_model and load_checkpoint(args.pretrained_model))
+    if source and source["model"] != args.model:
+        raise UserError(f"the checkpoint is of {source['model']}: use --model {source['model']}")
+    if state:
+        if state["classes"] != classes:
+            raise UserError(
+                f"{args.save_folder}: holds a training on {len(state['classes']) - 1} other classes"
+                f" ({', '.join(state['classes'][1:4])}, ...): give another --save-folder"
+            )
+        fill(network, state["model_state_dict"], args.save_folder)
+    elif source:
+        say(fine_tune_from(network, source, classes, args.pretrained_model))
+    return network
+
+
+def make_optimizer(network, args):
+    """SGD; weight decay on convolutions, not on biases and batch norm's parameters."""
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim == 1]
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
+    )
+
+
+def open_log(args, step, samples_seen):
+    """TensorBoard's writer on rank 0; what an earlier run logged after `step` is hidden."""
+    if distributed.rank() > 0:
+        return None
+    # At the end of an epoch the figures of its evaluation stand at `step` itself, and stay.
+    evaluated = step > 0 and samples_seen == 0
+    return SummaryWriter(Path(args.log_path) / args.model, purge_step=step + evaluated)
+
+
+def write(log, group, figures, step):
+    """Write {tag: figure} to TensorBoard."""
+    if log:
+        for tag, figure in figures.items():
+            log.add_scalar(f"{group}/{tag}", figure, step)
+        log.flush()
+
+
+def main():
+    """Seed, data, model, resume, then train and evaluate epoch by epoch."""
+    args = parse_args()
+    device = distributed.set_up()
+    rank, world_size = distributed.rank(), distributed.world_size()
+    stopping = stop_on_signals()
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+    # Data
+    encoder = Encoder(make_default_boxes(args.model))
+    train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out)
+    val_set = CocoDataset(args.data_path, args.val_set)
+    describe(train_set, val_set)
+    sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
+    iterations = len(sampler)  # in an epoch
+    loading = {
+        "num_workers": args.num_workers,
+        "persistent_workers": args.num_workers > 0,
+        "worker_init_fn": start_worker,
+        "pin_memory": device.type == "cuda",
+    }
+    train_loader = DataLoader(train_set, batch_sampler=sampler, **loading)
+    share = range(rank, len(val_set), world_size)  # every picture once
+    val_loader = DataLoader(val_set, args.batch_size, sampler=share, **loading)
+    truth = ground_truth(val_set.annotation_file) if rank == 0 else None
+
+    # Model, and where a stopped run goes on
+    checkpoint_file = Path(args.save_folder) / f"{args.model}.pth"
+    state = load_checkpoint(checkpoint_file) if checkpoint_file.exists() else None
+    network = start_network(args, state, train_set.classes)
+    network = network.to(device, memory_format=torch.channels_last)
+    model = DistributedDataParallel(network) if world_size > 1 else network
+    criterion = MultiBoxLoss()
+    optimizer = make_optimizer(network, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
+    first_epoch, samples_seen, best_map = 0, 0, -1.0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        first_epoch, samples_seen = state["epoch"], state["samples_seen"]
+        best_map = state["best_map"]
+        say(f"going on from {checkpoint_file}: {first_epoch} epochs, {samples_seen} pictures")
+    per_step = args.batch_size * world_size
+    log = open_log(args, first_epoch * iterations + samples_seen // per_step, samples_seen)
+
+    def learning_rate(epoch, iteration):
+        """Linear warm-up within the first epoch; x0.1 after each of the multistep epochs."""
+        lr = args.lr * per_step / 32 * 0.1 ** sum(epoch >= last for last in args.multistep)
+        warmup = min(args.warmup, iterations)
+        return lr * min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
+
+    def save(name, epoch, samples_seen):
+        if not all(weights.isfinite().all() for weights in network.parameters()):
+            raise UserError(
+                f"weights not finite in epoch {epoch + 1} after {samples_seen} pictures, so not"
+                f" saved: lower --lr; {checkpoint_file} is as it was"
+            )
+        if rank == 0:
+            state = {
+                "model": args.model,
+                "model_state_dict": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "epoch": epoch,
+                "samples_seen": samples_seen,
+                "best_map": best_map,
+                "classes": train_set.classes,
+                "category_ids": train_set.category_ids,
+                "args": vars(args),
+            }
+            save_checkpoint(Path(args.save_folder) / name, state)
+
+    def leave_if_told(epoch, samples_seen):
+        """Save and leave if any process was told to stop."""
+        if distributed.total([float(bool(stopping()))])[0] > 0:
+            save(checkpoint_file.name, epoch, samples_seen)
+            say(f"stopped; saved {checkpoint_file}, the same command goes on from there")
+            distributed.tear_down()
+            sys.exit(128 + (stopping() or signal.SIGTERM))
+
+    for epoch in range(first_epoch, args.epochs):
+        sampler.start(epoch, samples_seen)
+        first_iteration = samples_seen // per_step
+        for iteration, figures in train_one_epoch(
+            model, train_loader, criterion, optimizer, scaler, epoch, first_iteration,
+            learning_rate, args.amp,
+        ):  # fmt: skip
+            samples_seen += per_step
+            if figures:
+                write(log, "Train", figures, epoch * iterations + iteration)
+            if args.save_every and (iteration + 1) % args.save_every == 0:
+                save(checkpoint_file.name, epoch, samples_seen)
+            if figures or world_size == 1:  # several agree only now and then: it takes time
+                leave_if_told(epoch, samples_seen)
+        save(checkpoint_file.name, epoch, samples_seen)  # evaluation may take its time
+        detector = Detector(
+            network, args.model, train_set.classes, train_set.category_ids, device, args.amp
+        )
+        evaluation = evaluate(detector, val_loader, truth, args.nms_threshold)
+        samples_seen = 0
+        if rank == 0:
+            metrics, _ = evaluation
+            say(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
+            metrics.pop("per_class")
+            metrics["mAP"] = metrics.pop("AP")
+            write(log, "Test", metrics, (epoch + 1) * iterations)
+            if metrics["mAP"] > best_map:
+                best_map = metrics["mAP"]
+                save(f"{args.model}_best.pth", epoch + 1, 0)
+        save(checkpoint_file.name, epoch + 1, 0)
+        leave_if_told(epoch + 1, 0)
+    say(f"{args.epochs} epochs done: {checkpoint_file}, best mAP {best_map:.3f}")
+    distributed.tear_down()
+
+
+if __name__ == "__main__":
+    usage.run(main)
