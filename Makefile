@@ -7,10 +7,10 @@ RUN = demo/training
 .PHONY: demo test
 
 demo: .venv/installed
-	$(PYTHON) -m src.shapes demo/shapes --train 1000 --val 100 --seed 0
+	$(PYTHON) -m src.shapes demo/shapes --train 650 --val 100 --seed 0
 	rm -rf $(RUN)
-	$(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone --amp \
-	  --epochs 8 --multistep 6 7 --batch-size 16 --lr 0.04 --num-workers 2 \
+	$(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone \
+	  --epochs 8 --multistep 6 7 --batch-size 4 --lr 0.06 --num-workers 2 \
 	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
 	$(PYTHON) test_dataset.py --data-path demo/shapes --pretrained-model $(RUN)/ssdlite_best.pth \
 	  --num-workers 2 --output demo/predictions

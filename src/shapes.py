@@ -22,7 +22,7 @@ from src.usage import ArgumentParser, UserError, number, run
 
 # Ids with gaps, listed unsorted: no program may assume that ids count up from 1.
 CATEGORIES = {21: "circle", 3: "square", 40: "triangle", 8: "star", 22: "cross", 7: "ring"}
-MIN_VISIBLE = 0.3  # of an object's whole outline; above the promised quarter, for rounding
+MIN_VISIBLE = 0.4  # of an object's whole outline; above the promised quarter, for rounding
 CONTRAST = 110.0  # RGB distance of a fill from what it lies on or touches, before light and noise
 FINE = 4  # masks are drawn this many times larger, then averaged
 
@@ -61,11 +61,11 @@ def place_shape(rng, name, size, x, y):
 
 
 def draw_item(rng, width, height, crowd):
-    """Random Item: a shape of 10-70 % of the shorter side, small ones more often, or a crowd."""
+    """Random Item: a shape of 10-70 % of the shorter side, or a crowd."""
     category, side = int(rng.choice(list(CATEGORIES))), min(width, height)
     name = CATEGORIES[category]
     if not crowd:
-        size = 0.1 * 7 ** rng.random() * side
+        size = 0.1 * 7 ** (rng.random() ** 0.6) * side
         x, y = rng.uniform(0.2 * size, (width - 0.2 * size, height - 0.2 * size))
         part = place_shape(rng, name, size, x, y)
         return Item(category, [part], part)
@@ -193,10 +193,10 @@ def fill_colour(rng, category, others):
     """The first of 40 RGB colours at least CONTRAST from all `others` (N, 3), else the farthest.
 
     Things have their usual colours, as bananas and fire engines do: a category's hues scatter by
-    20 degrees about one, so that the sample set can be learnt in minutes.
+    14 degrees about one, so that the sample set can be learnt in minutes.
     """
     usual = list(CATEGORIES).index(category) / len(CATEGORIES)
-    hue = (usual + rng.normal(0, 20 / 360, 40)) % 1
+    hue = (usual + rng.normal(0, 14 / 360, 40)) % 1
     saturation, value = rng.uniform(0.5, 1, 40), rng.uniform(0.45, 1, 40)
     hsv = np.stack([hue * 360, saturation, value], axis=1).astype(np.float32)
     colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] * 255.0
