@@ -50,6 +50,8 @@ def main():
             f"{args.pretrained_model}: detects categories {detector.category_ids}, but"
             f" {dataset.annotation_file} has {dataset.category_ids}: use the set it was trained for"
         )
+    if output.resolve() == dataset.folder.resolve():
+        raise UserError(f"--output {output}: is the pictures' own folder; give another")
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
     truth = ground_truth(dataset.annotation_file)
     metrics, detections = evaluate(detector, loader, truth, args.nms_threshold)
@@ -58,7 +60,7 @@ def main():
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
     for index, image_id in enumerate(tqdm(dataset.image_ids, "draw", leave=False)):
         rows = detections[detections[:, 0] == image_id]
-        rows = rows[rows[:, 5] >= args.cls_threshold]
+        rows = rows[rows[:, 5] > args.cls_threshold]
         boxes = np.concatenate([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:5]], axis=1)
         labels = np.searchsorted(dataset.category_ids, rows[:, 6]) + 1
         drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], dataset.classes)

@@ -65,7 +65,9 @@ def output_files(inputs, files, output):
         outputs = [Path(output)]
     else:
         if Path(output).suffix.lower() in PICTURES and not Path(output).is_dir():
-            raise UserError(f"--output {output}: is one picture for {len(files)}: give a folder")
+            raise UserError(
+                f"--output {output}: is a picture, --input a folder or several: give a folder"
+            )
         outputs = [Path(output) / f"{file.stem}_prediction.jpg" for file in files]
     for file in outputs:
         if file.suffix.lower() not in PICTURES:
@@ -81,9 +83,9 @@ def main():
     files = find_pictures(args.input)
     outputs = output_files(args.input, files, args.output)
     for path in outputs:
-        usage.make_writable("--output", path)
+        usage.make_writable("--output", path, files)
     if args.json:
-        usage.make_writable("--json", args.json)
+        usage.make_writable("--json", args.json, files)
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
     records, unreadable = [], []

@@ -65,18 +65,17 @@ def main():
     output = Path(args.output or default)
     if output.suffix.lower() not in CODECS:
         raise UserError(f"--output {output}: unknown video type; end it in .mp4 or .avi")
-    usage.make_writable("--output", output)
+    usage.make_writable("--output", output, [args.input])
     if args.json:
-        usage.make_writable("--json", args.json)
-    if output.exists() and output.samefile(args.input):
-        raise UserError(f"--output {output}: is the input itself; give another name")
+        usage.make_writable("--json", args.json, [args.input])
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
     fps = video.get(cv2.CAP_PROP_FPS)
     writer = open_writer(output, fps if fps > 0 else 25.0, frame)
     lines = open(args.json, "w", encoding="utf-8") if args.json else None
     stopped = []
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.append(True))
     total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
     bar, number, ok = tqdm(total=total, unit="frame", leave=False), 0, True
     while ok and not stopped:

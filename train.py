@@ -6,6 +6,9 @@
 Stop it whenever you want (Ctrl-C): the same command goes on where it was.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
 import sys
 from pathlib import Path
@@ -125,6 +128,39 @@ def start_worker(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def kill_workers():
+    """At exit after an error: Python would wait for ever for workers that ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed one for a crash
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def make_folders(args):
+    """Make the folders that training writes to: better an error now than after an epoch."""
+    for option, folder in (("--save-folder", args.save_folder), ("--log-path", args.log_path)):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option} {folder}: cannot be made ({error.strerror})") from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{option} {folder}: may not be written to; choose another")
+
+
+def make_loaders(args, train_set, val_set, sampler, device):
+    """Loaders of this process's share of the training and validation pictures."""
+    loading = {
+        "num_workers": args.num_workers,
+        "persistent_workers": args.num_workers > 0,
+        "worker_init_fn": start_worker,
+        "pin_memory": device.type == "cuda",
+    }
+    share = range(distributed.rank(), len(val_set), distributed.world_size())  # each picture once
+    return (
+        DataLoader(train_set, batch_sampler=sampler, **loading),
+        DataLoader(val_set, args.batch_size, sampler=share, **loading),
+    )
+
+
 def describe(train_set, val_set):
     """Say what was found and repaired; UserError if the two sets do not belong together."""
     if train_set.category_ids != val_set.category_ids:
@@ -141,6 +177,7 @@ def describe(train_set, val_set):
 def start_network(args, state, classes):
     """The network to train: as the checkpoint `state` left it, to be fine-tuned, or new."""
     pretrained = not (state or args.pretrained_model or args.no_pretrained_backbone)
+    pretrained = pretrained and distributed.rank() == 0  # DDP hands rank 0's weights to all
     try:
         network = build_model(args.model, len(classes), pretrained)
     except OSError as error:
@@ -163,14 +200,22 @@ def start_network(args, state, classes):
     return network
 
 
-def make_optimizer(network, args):
-    """SGD; weight decay on convolutions, not on biases and batch norm's parameters."""
+def make_optimizer(network, args, state):
+    """SGD, as checkpoint `state` left it; no weight decay on biases and batch norm."""
     weights = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim == 1]
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
     )
+    if state:  # momentum from there, options from the command line
+        options = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": options})
+    else:
+        # Fused SGD leaves its buffers uninitialised if GradScaler skips the very first step.
+        for p in network.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def open_log(args, step, samples_seen):
@@ -195,7 +240,8 @@ def main():
     args = parse_args()
     device = distributed.set_up()
     rank, world_size = distributed.rank(), distributed.world_size()
-    stopping = stop_on_signals()
+    make_folders(args)
+    atexit.register(kill_workers)
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -207,29 +253,25 @@ def main():
     describe(train_set, val_set)
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
     iterations = len(sampler)  # in an epoch
-    loading = {
-        "num_workers": args.num_workers,
-        "persistent_workers": args.num_workers > 0,
-        "worker_init_fn": start_worker,
-        "pin_memory": device.type == "cuda",
-    }
-    train_loader = DataLoader(train_set, batch_sampler=sampler, **loading)
-    share = range(rank, len(val_set), world_size)  # every picture once
-    val_loader = DataLoader(val_set, args.batch_size, sampler=share, **loading)
+    train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     truth = ground_truth(val_set.annotation_file) if rank == 0 else None
 
     # Model, and where a stopped run goes on
     checkpoint_file = Path(args.save_folder) / f"{args.model}.pth"
     state = load_checkpoint(checkpoint_file) if checkpoint_file.exists() else None
+    if state and "optimizer" not in state:
+        raise UserError(
+            f"{checkpoint_file}: is no training to go on with; move it away,"
+            " and give it as --pretrained-model to start from it"
+        )
     network = start_network(args, state, train_set.classes)
     network = network.to(device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network) if world_size > 1 else network
     criterion = MultiBoxLoss()
-    optimizer = make_optimizer(network, args)
+    optimizer = make_optimizer(network, args, state)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
     first_epoch, samples_seen, best_map = 0, 0, -1.0
     if state:
-        optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
         first_epoch, samples_seen = state["epoch"], state["samples_seen"]
@@ -245,7 +287,7 @@ def main():
         return lr * min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
 
     def save(name, epoch, samples_seen):
-        if not all(weights.isfinite().all() for weights in network.parameters()):
+        if not all(values.isfinite().all() for values in network.state_dict().values()):
             raise UserError(
                 f"weights not finite in epoch {epoch + 1} after {samples_seen} pictures, so not"
                 f" saved: lower --lr; {checkpoint_file} is as it was"
@@ -273,6 +315,7 @@ def main():
             distributed.tear_down()
             sys.exit(128 + (stopping() or signal.SIGTERM))
 
+    stopping = stop_on_signals()
     for epoch in range(first_epoch, args.epochs):
         sampler.start(epoch, samples_seen)
         first_iteration = samples_seen // per_step
@@ -285,9 +328,11 @@ def main():
                 write(log, "Train", figures, epoch * iterations + iteration)
             if args.save_every and (iteration + 1) % args.save_every == 0:
                 save(checkpoint_file.name, epoch, samples_seen)
-            if figures or world_size == 1:  # several agree only now and then: it takes time
+            # GPUs run ahead of their processes; to agree on stopping at each step would hold them.
+            if figures or world_size == 1 or device.type == "cpu":
                 leave_if_told(epoch, samples_seen)
         save(checkpoint_file.name, epoch, samples_seen)  # evaluation may take its time
+        distributed.share_buffers(network)
         detector = Detector(
             network, args.model, train_set.classes, train_set.category_ids, device, args.amp
         )
@@ -299,7 +344,7 @@ def main():
             metrics.pop("per_class")
             metrics["mAP"] = metrics.pop("AP")
             write(log, "Test", metrics, (epoch + 1) * iterations)
-            if metrics["mAP"] > best_map:
+            if metrics["mAP"] >= best_map:
                 best_map = metrics["mAP"]
                 save(f"{args.model}_best.pth", epoch + 1, 0)
         save(checkpoint_file.name, epoch + 1, 0)

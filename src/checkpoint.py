@@ -85,7 +85,7 @@ def published_classes(label_map):
     """Class names from a published checkpoint's {0: "background", 1: "person", ...}, or COCO's."""
     classes = ["background", *COCO_CLASSES]
     if label_map:
-        classes = [str(label_map[k]) for k in sorted(label_map)]
+        classes = [str(label_map[k]) for k in sorted(label_map, key=int)]
     is_coco = len(classes) == 1 + len(COCO_CATEGORY_IDS)
     return {
         "classes": classes,

@@ -1,5 +1,7 @@
 """COCO annotations -> samples, and the sampler that gives each process its share of an epoch."""
 
+import contextlib
+import io
 import json
 import os
 from collections import Counter
@@ -192,7 +194,8 @@ def ground_truth(path):
     """The repaired annotations as pycocotools wants them."""
     coco = COCO()
     coco.dataset = read_annotations(path)[0]
-    coco.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces what it does
+        coco.createIndex()
     return coco
 
 
@@ -206,11 +209,11 @@ class TrainSampler:
 
     def __init__(self, num_samples, batch_size, rank=0, world_size=1, seed=0):
         if num_samples < batch_size * world_size:
+            largest = num_samples // world_size
+            remedy = f"--batch-size {largest} or less" if largest > 1 else "more pictures"
             raise UserError(
                 f"{num_samples} training pictures are less than one batch of {batch_size} x"
-                f" {world_size} processes: use --batch-size {num_samples // world_size} or less"
-                if num_samples >= world_size
-                else f"{num_samples} training pictures for {world_size} processes: use fewer"
+                f" {world_size} processes: use {remedy}"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size

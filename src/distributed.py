@@ -5,12 +5,16 @@ import os
 import torch
 import torch.distributed as dist
 
+from src.usage import UserError
+
 
 def set_up():
     """Join the processes that torchrun started, if it did; return this process's device."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} GPUs here: use no more processes")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         # gloo carries Python objects and flags, NCCL the gradients.
@@ -52,10 +56,8 @@ def gather(value):
     return values
 
 
-def broadcast(value):
-    """Return rank 0's `value` on every process."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
+def share_buffers(network):
+    """Give every process rank 0's buffers: DDP does so only before a step, not after the last."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)

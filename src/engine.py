@@ -58,10 +58,12 @@ def train_one_epoch(
         recent.append((torch.stack([loc_loss, cls_loss]).detach(), ids))
         if (iteration + 1) % LOG_EVERY == 0 or iteration == last:
             losses = torch.stack([losses for losses, _ in recent]).tolist()  # waits for the device
-            check_finite(losses, [ids for _, ids in recent], epoch, iteration)
+            means = mean_figures(losses)  # of all processes, so that all stop at what is not finite
+            if not math.isfinite(means["Loss"]):
+                raise not_finite(losses, [ids for _, ids in recent], epoch, iteration)
             images_seen = len(losses) * len(ids) * distributed.world_size()
             seconds = time.perf_counter() - clock
-            figures = mean_figures(losses) | {
+            figures = means | {
                 "LR": optimizer.param_groups[0]["lr"],
                 "Images_per_second": images_seen / seconds,
             }
@@ -78,15 +80,16 @@ def mean_figures(losses):
     return {"Loss": loc + cls, "Loss_loc": loc, "Loss_cls": cls}
 
 
-def check_finite(losses, image_ids, epoch, iteration):
-    """Raise UserError on the first step whose losses, [[loc, cls], ...], are not finite."""
-    for step, values in enumerate(losses):
+def not_finite(losses, image_ids, epoch, iteration):
+    """The UserError for the first of this process's losses, [[loc, cls], ...], not finite."""
+    for step, values in enumerate(losses, start=iteration - len(losses) + 1):
         if not all(map(math.isfinite, values)):
-            raise UserError(
-                f"loss {values} in epoch {epoch + 1}, iteration"
-                f" {iteration - len(losses) + 1 + step}, images {image_ids[step].tolist()}:"
+            ids = image_ids[step - iteration - 1].tolist()
+            return UserError(
+                f"loss {values} in epoch {epoch + 1}, iteration {step}, images {ids}:"
                 " lower --lr, or look at these pictures' boxes; the last checkpoint is kept"
             )
+    return UserError(f"loss of another process not finite in epoch {epoch + 1}: see its message")
 
 
 def evaluate(detector, loader, truth, nms_threshold=0.5):

@@ -45,9 +45,15 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def make_writable(option, path):
-    """Make sure that a file can be written at `path`: its folder is made if the parent exists."""
+def make_writable(option, path, inputs=()):
+    """Make sure that a file can be written at `path`: its folder is made if the parent exists.
+
+    UserError if it cannot, or if it is one of the `inputs` (paths that may not exist).
+    """
     path = Path(path)
+    for file in map(Path, inputs):
+        if path.exists() and file.exists() and path.samefile(file):
+            raise UserError(f"{option} {path}: is the input itself; give another name")
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file's name")
     try:
@@ -59,9 +65,14 @@ def make_writable(option, path):
 
 
 def run(main):
-    """Call `main`; a UserError becomes one line on standard error and exit status 2."""
+    """Call `main`; a UserError becomes one line on standard error and exit status 2.
+
+    Ctrl-C, where a script does not see to it itself, ends it with status 130.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         # From a loader's worker the error arrives wrapped in that worker's traceback.
         sys.exit(_complain(str(error).rsplit("UserError: ", 1)[-1].strip()))

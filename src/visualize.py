@@ -19,7 +19,7 @@ def draw_detections(image, boxes, labels, scores, classes):
     labels (K,) index into `classes`; scores (K,) in [0, 1], or None for ground truth. Lines and
     type scale with the picture; labels stay inside its frame.
     """
-    image = np.ascontiguousarray(image).copy()
+    image = np.array(image, order="C")
     height, width = image.shape[:2]
     scale = min(height, width)
     thickness, size = max(1, round(scale / 250)), max(11, round(scale / 30))
@@ -37,7 +37,7 @@ def draw_detections(image, boxes, labels, scores, classes):
 
 def draw_label(image, text, box, colour, size):
     """Write `text` on a plate above `box` (4,), in place; inside the box where there is no room."""
-    font = cv2.FontFace("sans")  # any script; the classic putText turns others into "????"
+    font = cv2.FontFace("sans")  # comes with OpenCV: Latin, Cyrillic, Greek, CJK and more
     height, width = image.shape[:2]
     _, _, text_w, _ = cv2.getTextSize((width, height), text, (0, 0), font, size)
     plate_w, plate_h = text_w + size // 2, round(size * 1.4)
@@ -46,6 +46,7 @@ def draw_label(image, text, box, colour, size):
     if y < 0:
         y = min(max(0, round(float(box[1]))), max(0, height - plate_h))
     cv2.rectangle(image, (x, y), (x + plate_w, y + plate_h), colour, cv2.FILLED)
-    dark_text = np.dot(colour, (0.299, 0.587, 0.114)) > 140
-    ink = (0, 0, 0) if dark_text else (255, 255, 255)
+    # Black where it has the higher contrast: relative luminance above 0.179 (WCAG 2).
+    luminance = np.dot((np.array(colour) / 255) ** 2.2, (0.2126, 0.7152, 0.0722))
+    ink = (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
     cv2.putText(image, text, (x + size // 4, y + round(size * 1.05)), ink, font, size)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,11 +88,13 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(shapes, trained, tmp
     assert [e.step for e in scalars(tmp_path / "log" / "ssdlite")["Test/mAP"]] == [3, 6]
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path, workers):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(shapes, whole, "--epochs", 6)
     command = [sys.executable, "train.py", "--data-path", shapes, "--save-folder", stopped]
     command += ["--log-path", stopped / "log", "--model", "ssdlite", *SMALL, "--epochs", "6"]
+    command += ["--num-workers", workers]
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE
     )
@@ -218,6 +221,40 @@ def test_fine_tuning_keeps_all_but_the_class_heads(shapes, trained, tmp_path):
     )
     learnt = [n for n in before if not n.startswith("conf.") and n.endswith((".weight", ".bias"))]
     assert all(torch.equal(before[name], after[name]) for name in learnt)
+
+
+def test_a_broken_picture_ends_the_run_in_one_line(shapes, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(shapes, broken)
+    picture = sorted((broken / "train2017").glob("*.jpg"))[3]
+    picture.write_bytes(picture.read_bytes()[:500])
+    done = train(broken, tmp_path / "out", "--num-workers", 2, status=2)
+    assert done.stderr.count("error: ") == 1 and str(picture) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(shapes, tmp_path):
+    options = ["--epochs", 1, "--lr", 1e17, "--warmup", 0, "--save-every", 1]
+    done = train(shapes, tmp_path, *options, status=2)
+    assert "lower --lr" in done.stderr
+    if (tmp_path / "ssdlite.pth").exists():
+        weights = load(tmp_path / "ssdlite.pth")["model_state_dict"]
+        assert all(values.isfinite().all() for values in weights.values())
+
+
+def test_an_output_that_is_the_input_is_refused(shapes, trained, tmp_path):
+    picture = tmp_path / "a.jpg"
+    picture.write_bytes(next((shapes / "val2017").glob("*.jpg")).read_bytes())
+    before = picture.read_bytes()
+    model = ["--pretrained-model", trained / "ssdlite.pth"]
+    for option in ("--output", "--json"):
+        done = run("test_image.py", "--input", picture, option, picture, *model, status=2)
+        assert f"{option} {picture}" in done.stderr and picture.read_bytes() == before
+
+
+def test_a_published_checkpoint_is_no_training_to_go_on_with(shapes, tmp_path):
+    torch.save({"model_state_dict": {}}, tmp_path / "ssdlite.pth")
+    assert "--pretrained-model" in train(shapes, tmp_path, status=2).stderr
 
 
 @pytest.mark.parametrize(
