@@ -210,7 +210,7 @@ class TrainSampler:
     def __init__(self, num_samples, batch_size, rank=0, world_size=1, seed=0):
         if num_samples < batch_size * world_size:
             largest = num_samples // world_size
-            remedy = f"--batch-size {largest} or less" if largest > 1 else "more pictures"
+            remedy = f"--batch-size {largest} or less" if largest > 1 else "fewer processes"
             raise UserError(
                 f"{num_samples} training pictures are less than one batch of {batch_size} x"
                 f" {world_size} processes: use {remedy}"
