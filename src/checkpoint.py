@@ -19,8 +19,8 @@ COCO_CLASSES = (
     "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
     "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
 ).split(",")
-OUR_KEYS = ("model_state_dict", "classes", "category_ids")
 COCO_CATEGORY_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+OUR_KEYS = ("model_state_dict", "classes", "category_ids")
 
 
 def save_checkpoint(path, state):

@@ -192,9 +192,14 @@ def repair(annotation, size, repairs):
 
 def ground_truth(path):
     """The repaired annotations as pycocotools wants them."""
+    return as_coco(read_annotations(path)[0])
+
+
+def as_coco(data):
+    """pycocotools' COCO of an annotation file's content, in silence."""
     coco = COCO()
-    coco.dataset = read_annotations(path)[0]
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces what it does
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
 

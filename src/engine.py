@@ -7,11 +7,11 @@ import time
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from src import distributed
+from src.dataset import as_coco
 from src.transform import normalize
 from src.usage import UserError
 
@@ -82,11 +82,11 @@ def mean_figures(losses):
 
 def not_finite(losses, image_ids, epoch, iteration):
     """The UserError for the first of this process's losses, [[loc, cls], ...], not finite."""
-    for step, values in enumerate(losses, start=iteration - len(losses) + 1):
+    first = iteration - len(losses) + 1
+    for step, (values, ids) in enumerate(zip(losses, image_ids, strict=True), start=first):
         if not all(map(math.isfinite, values)):
-            ids = image_ids[step - iteration - 1].tolist()
             return UserError(
-                f"loss {values} in epoch {epoch + 1}, iteration {step}, images {ids}:"
+                f"loss {values} in epoch {epoch + 1}, iteration {step}, images {ids.tolist()}:"
                 " lower --lr, or look at these pictures' boxes; the last checkpoint is kept"
             )
     return UserError(f"loss of another process not finite in epoch {epoch + 1}: see its message")
@@ -129,17 +129,12 @@ def coco_results(detections):
 def coco_metrics(truth, results):
     """Run pycocotools; return {figure: value, ..., "per_class": {class name: AP}}."""
     # Not truth.loadRes(results), which raises on an empty list.
-    found = COCO()
-    found.dataset = {
-        "images": truth.dataset["images"],
-        "categories": truth.dataset["categories"],
-        "annotations": [
-            result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-            for number, result in enumerate(results, start=1)
-        ],
-    }
+    annotations = [
+        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for number, result in enumerate(results, start=1)
+    ]
+    found = as_coco(truth.dataset | {"annotations": annotations})
     with contextlib.redirect_stdout(io.StringIO()):
-        found.createIndex()
         coco_eval = COCOeval(truth, found, "bbox")
         coco_eval.evaluate()
         coco_eval.accumulate()
