@@ -27,7 +27,7 @@ from src.detector import Detector
 from src.engine import evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
-from src.usage import UserError
+from src.usage import UnreadablePicture, UserError
 
 
 def parse_args():
@@ -161,14 +161,15 @@ def make_loaders(args, train_set, val_set, sampler, device):
     )
 
 
-def describe(train_set, val_set):
-    """Say what was found and repaired; UserError if the two sets do not belong together."""
+def look_over(train_set, val_set):
+    """Say what was found and repaired; UserError if sets, or pictures and sizes, do not agree."""
     if train_set.category_ids != val_set.category_ids:
         raise UserError(
             f"{val_set.annotation_file}: its categories {val_set.category_ids} are not those of"
             f" {train_set.annotation_file}, {train_set.category_ids}: make them the same"
         )
     for name, data in (("training", train_set), ("validation", val_set)):
+        data.check_sizes(range(distributed.rank(), len(data), distributed.world_size()))
         counts = "".join(f", {count} {what}" for what, count in data.repairs.items())
         boxes = f"{len(data.boxes)} boxes of {len(data.classes) - 1} classes"
         say(f"{name}: {len(data)} pictures, {boxes}{counts}")
@@ -240,6 +241,8 @@ def main():
     args = parse_args()
     device = distributed.set_up()
     rank, world_size = distributed.rank(), distributed.world_size()
+    options = vars(args) | {"world_size": world_size}  # a resumed run says what has changed
+    del options["local_rank"]
     make_folders(args)
     atexit.register(kill_workers)
     torch.manual_seed(args.seed)
@@ -250,7 +253,7 @@ def main():
     encoder = Encoder(make_default_boxes(args.model))
     train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out)
     val_set = CocoDataset(args.data_path, args.val_set)
-    describe(train_set, val_set)
+    look_over(train_set, val_set)
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
     iterations = len(sampler)  # in an epoch
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
@@ -277,6 +280,9 @@ def main():
         first_epoch, samples_seen = state["epoch"], state["samples_seen"]
         best_map = state["best_map"]
         say(f"going on from {checkpoint_file}: {first_epoch} epochs, {samples_seen} pictures")
+        for option, value in options.items():
+            if state["args"].get(option, value) != value:
+                say(f"changed since: {option} was {state['args'][option]}, is {value}")
     per_step = args.batch_size * world_size
     log = open_log(args, first_epoch * iterations + samples_seen // per_step, samples_seen)
 
@@ -286,13 +292,13 @@ def main():
         warmup = min(args.warmup, iterations)
         return lr * min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
 
-    def save(name, epoch, samples_seen):
+    def save(name, epoch, samples_seen, by=0):
         if not all(values.isfinite().all() for values in network.state_dict().values()):
             raise UserError(
                 f"weights not finite in epoch {epoch + 1} after {samples_seen} pictures, so not"
                 f" saved: lower --lr; {checkpoint_file} is as it was"
             )
-        if rank == 0:
+        if rank == by:
             state = {
                 "model": args.model,
                 "model_state_dict": network.state_dict(),
@@ -303,7 +309,7 @@ def main():
                 "best_map": best_map,
                 "classes": train_set.classes,
                 "category_ids": train_set.category_ids,
-                "args": vars(args),
+                "args": options,
             }
             save_checkpoint(Path(args.save_folder) / name, state)
 
@@ -319,18 +325,23 @@ def main():
     for epoch in range(first_epoch, args.epochs):
         sampler.start(epoch, samples_seen)
         first_iteration = samples_seen // per_step
-        for iteration, figures in train_one_epoch(
+        steps = train_one_epoch(
             model, train_loader, criterion, optimizer, scaler, epoch, first_iteration,
             learning_rate, args.amp,
-        ):  # fmt: skip
-            samples_seen += per_step
-            if figures:
-                write(log, "Train", figures, epoch * iterations + iteration)
-            if args.save_every and (iteration + 1) % args.save_every == 0:
-                save(checkpoint_file.name, epoch, samples_seen)
-            # GPUs run ahead of their processes; to agree on stopping at each step would hold them.
-            if figures or world_size == 1 or device.type == "cpu":
-                leave_if_told(epoch, samples_seen)
+        )  # fmt: skip
+        try:
+            for iteration, figures in steps:
+                samples_seen += per_step
+                if figures:
+                    write(log, "Train", figures, epoch * iterations + iteration)
+                if args.save_every and (iteration + 1) % args.save_every == 0:
+                    save(checkpoint_file.name, epoch, samples_seen)
+                # GPUs run ahead of their processes; to agree at each step would hold them.
+                if figures or world_size == 1 or device.type == "cpu":
+                    leave_if_told(epoch, samples_seen)
+        except UnreadablePicture:  # whichever process meets it; all have the same weights
+            save(checkpoint_file.name, epoch, samples_seen, by=rank)
+            raise
         save(checkpoint_file.name, epoch, samples_seen)  # evaluation may take its time
         distributed.share_buffers(network)
         detector = Detector(

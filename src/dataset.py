@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 
-from src.transform import augment, read_image, resize
-from src.usage import UserError
+from src.transform import augment, picture_size, read_image, resize
+from src.usage import UnreadablePicture, UserError
 
 
 class CocoDataset(Dataset):
@@ -89,18 +90,35 @@ class CocoDataset(Dataset):
 
     def read(self, index):
         """Picture `index` as (H, W, 3) uint8 RGB, turned the way its annotations are."""
-        path = self.folder / os.fsdecode(self.file_names[index])
-        width, height = self.sizes[index].tolist()
+        path, (width, height) = self.path(index), self.sizes[index]
         image = read_image(path)
         if image.shape[:2] != (height, width):  # annotated without regard to EXIF, perhaps
-            upright = image.shape
             image = read_image(path, upright=False)
             if image.shape[:2] != (height, width):
-                raise UserError(
-                    f"{path} is {upright[1]}x{upright[0]} pixels, but {width}x{height} in"
-                    f" {self.annotation_file}: correct one of them"
-                )
+                raise self._misfit(index)
         return image
+
+    def path(self, index):
+        """File of picture `index`."""
+        return self.folder / os.fsdecode(self.file_names[index])
+
+    def check_sizes(self, indices):
+        """UnreadablePicture if one of these pictures is not of the size in the annotation file.
+
+        Reads the files' headers alone, a few thousand a second.
+        """
+        for index in indices:
+            path, size = self.path(index), tuple(self.sizes[index].tolist())
+            if all(picture_size(path, upright) != size for upright in (False, True)):
+                raise self._misfit(index)
+
+    def _misfit(self, index):
+        path, (width, height) = self.path(index), self.sizes[index]
+        found = "x".join(map(str, picture_size(path)))
+        return UnreadablePicture(
+            f"{path} is {found} pixels, but {width}x{height} in {self.annotation_file}:"
+            " correct one of them"
+        )
 
 
 def annotation_file(data_path, set_name):
@@ -120,22 +138,22 @@ def read_annotations(path):
     """
     try:
         data = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise UserError(f"{path}: has no list {key!r}, as COCO's object detection files do")
     try:
         sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
-        check_identities(path, data, sizes)
+        check_entries(path, data, sizes)
         repairs = Counter()
         data["annotations"] = [
             a for a in data["annotations"] if repair(a, sizes[a["image_id"]], repairs)
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: an entry is not in COCO format ({error!r})") from error
-    ids = {annotation.get("id", 0) for annotation in data["annotations"]}
-    if len(ids) < len(data["annotations"]) or 0 in ids:
+    ids = [annotation.get("id", 0) for annotation in data["annotations"]]
+    if not all(isinstance(i, int) and i for i in ids) or len(set(ids)) < len(ids):
         repairs["annotation ids renumbered"] = len(data["annotations"])
         for number, annotation in enumerate(data["annotations"], start=1):
             annotation["id"] = number
@@ -143,16 +161,16 @@ def read_annotations(path):
     return data, +repairs  # without what was counted 0 times
 
 
-def check_identities(path, data, sizes):
+def check_entries(path, data, sizes):
     """Every picture once, and every annotation on a known picture and of a known category."""
     if not data["images"] or not data["categories"]:
         raise UserError(f"{path}: has no images or no categories: there is nothing to detect")
-    for image in data["images"]:
-        if not (isinstance(image["id"], int) and isinstance(image["file_name"], str)):
-            raise TypeError(f"image {image['id']!r}, file_name {image['file_name']!r}")
-    for category in data["categories"]:
-        if not (isinstance(category["id"], int) and isinstance(category["name"], str)):
-            raise TypeError(f"category {category['id']!r}, name {category['name']!r}")
+    for kind, name in (("images", "file_name"), ("categories", "name")):
+        for entry in data[kind]:
+            # Larger ids would not survive in a float, which pycocotools makes of them.
+            if not (isinstance(entry["id"], int) and abs(entry["id"]) < 2**53):
+                raise ValueError(f"{kind} id {entry['id']!r}")
+            os.fsencode(entry[name])  # raises on what is no text
     categories = {category["id"] for category in data["categories"]}
     for kind, unique in (("images", sizes), ("categories", categories)):
         if len(unique) < len(data[kind]):
@@ -160,7 +178,7 @@ def check_identities(path, data, sizes):
             twice = counts.most_common(1)[0][0]
             raise UserError(f"{path}: id {twice} stands twice in its {kind}: remove one")
     for image_id, size in sizes.items():
-        if not min(size) > 0:
+        if not all(0 < side < 2**31 and side == int(side) for side in size):
             raise UserError(f"{path}: image {image_id} has the size {size}: give its pixels")
     for annotation in data["annotations"]:
         if annotation["category_id"] not in categories:
@@ -171,6 +189,8 @@ def check_identities(path, data, sizes):
 
 def repair(annotation, size, repairs):
     """Mend one annotation in place and count it; False if it has to be left out."""
+    if not all(isinstance(value, (int, float)) for value in annotation["bbox"]):
+        raise TypeError(f"bbox {annotation['bbox']}")
     x, y, w, h = map(float, annotation["bbox"])
     left, top = max(x, 0.0), max(y, 0.0)
     right, bottom = min(x + w, size[0]), min(y + h, size[1])
@@ -181,12 +201,15 @@ def repair(annotation, size, repairs):
         repairs["boxes clipped to their picture"] += 1
     if (left, top, right, bottom) != (x, y, x + w, y + h):
         annotation["bbox"] = [left, top, right - left, bottom - top]
-    if annotation.get("area") is None:
+    area = annotation.get("area")
+    if not (isinstance(area, (int, float)) and 0 <= area < math.inf):
         annotation["area"] = (right - left) * (bottom - top)
         repairs["missing areas derived"] += 1
     if annotation.get("iscrowd") is None:
         annotation["iscrowd"] = 0
         repairs["missing iscrowd taken as 0"] += 1
+    if annotation["iscrowd"] not in (0, 1):
+        raise ValueError(f"iscrowd {annotation['iscrowd']!r}")
     return True
 
 

@@ -3,16 +3,17 @@
 Pictures are (H, W, 3) uint8 RGB; boxes (G, 4) float32 xyxy relative to the picture, in [0, 1].
 """
 
+import contextlib
 from functools import lru_cache
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
-from src.usage import UserError
+from src.usage import UnreadablePicture
 
 INPUT_SIZE = 300  # pixels, both sides: SSD300
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,24 +24,38 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision's ColorJ
 def read_image(path, upright=True):
     """Read a picture file as (H, W, 3) uint8 RGB, turned as its EXIF orientation says if `upright`.
 
-    Raises UserError where there is no picture to be had.
+    Raises UnreadablePicture where there is no picture to be had.
     """
+    with open_picture(path) as picture:
+        if picture.format == "JPEG":
+            data = read_file(str(path))
+            pixels = decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=upright)
+            return pixels.permute(1, 2, 0).numpy()
+        # Not torchvision for PNG: a corrupt one ends the whole process (seen in 0.29.1).
+        if upright:
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        if picture.mode == "P":  # by way of RGBA: a palette may hold transparent colours
+            picture = picture.convert("RGBA")
+        return np.array(picture.convert("RGB"))
+
+
+def picture_size(path, upright=True):
+    """(width, height) that `read_image` would give a picture, from its header alone."""
+    with open_picture(path) as picture:
+        sideways = upright and picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return picture.size[::-1] if sideways else picture.size
+
+
+@contextlib.contextmanager
+def open_picture(path):
+    """Pillow's Image of a file, header read; UnreadablePicture from anything wrong within."""
     try:
-        with Image.open(path) as picture:  # reads the header, and refuses picture bombs
-            if picture.format == "JPEG":
-                data = read_file(str(path))
-                pixels = decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=upright)
-                return pixels.permute(1, 2, 0).numpy()
-            # Not torchvision for PNG: a corrupt one ends the whole process (seen in 0.29.1).
-            if upright:
-                picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.mode == "P":  # by way of RGBA: a palette may hold transparent colours
-                picture = picture.convert("RGBA")
-            return np.array(picture.convert("RGB"))
+        with Image.open(path) as picture:  # refuses picture bombs
+            yield picture
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such picture") from error
+        raise UnreadablePicture(f"{path}: no such picture") from error
     # What Pillow's many decoders and torchvision raise on a broken file.
     except (
         OSError,
@@ -53,7 +68,7 @@ def read_image(path, upright=True):
         reason = (
             str(error).splitlines()[0].replace(str(path), "file") if str(error) else "broken file"
         )
-        raise UserError(f"{path}: cannot be read as a picture ({reason})") from error
+        raise UnreadablePicture(f"{path}: cannot be read as a picture ({reason})") from error
 
 
 def augment(image, boxes, labels, rng, zoom_out=False):

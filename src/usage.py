@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake that the user can mend: its message names the value and the remedy, on one line."""
 
 
+class UnreadablePicture(UserError):
+    """A picture file that cannot be used; what was computed before it was met is sound."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, where `--save_folder` is as good as `--save-folder` and errors take one line."""
 
@@ -75,7 +79,7 @@ def run(main):
         sys.exit(130)
     except UserError as error:
         # From a loader's worker the error arrives wrapped in that worker's traceback.
-        sys.exit(_complain(str(error).rsplit("UserError: ", 1)[-1].strip()))
+        sys.exit(_complain(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()))
 
 
 def _complain(message):

@@ -1,6 +1,5 @@
 """src.distributed in real gloo processes, and what DistributedDataParallel makes of a batch."""
 
-import json
 import os
 import socket
 
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src import distributed
 from src.boxes import Encoder, make_default_boxes
+from src.detector import Detector
 from src.engine import evaluate
 from src.loss import MultiBoxLoss
 from src.model import build_model
@@ -48,22 +48,27 @@ def start(rank, world_size, port, jobs, folder):
     assert not torch.distributed.is_initialized()
 
 
-def in_processes(world_size, folder, *jobs):
-    """What each of `jobs` returned in each of `world_size` processes, a list for each job."""
+def in_processes(world_size, tmp_path_factory, *jobs):
+    """{name of job: what it returned in each of `world_size` processes}."""
+    folder = tmp_path_factory.mktemp("answers")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(start, (world_size, port, jobs, folder), nprocs=world_size)
     answers = [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world_size)]
-    return list(zip(*answers, strict=True))
+    return {job.__name__: by_rank for job, *by_rank in zip(jobs, *answers, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes answer; started once, as this takes seconds."""
-    jobs = use_everything, gradients, evaluate_share
-    answers = in_processes(2, tmp_path_factory.mktemp("two"), *jobs)
-    return dict(zip(("use_everything", "gradients", "evaluate_share"), answers, strict=True))
+    return in_processes(2, tmp_path_factory, use_everything, gradients, evaluate_share)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """What three processes answer."""
+    return in_processes(3, tmp_path_factory, use_everything, evaluate_share)
 
 
 def use_everything():
@@ -94,9 +99,8 @@ def test_two_processes_total_gather_and_buffers(two):
     check_answers(two["use_everything"], [11, 0.1, -2e-9])
 
 
-def test_three_processes_total_gather_and_buffers(tmp_path):
-    (answers,) = in_processes(3, tmp_path, use_everything)
-    check_answers(answers, [111, 0.3, -3e-9])
+def test_three_processes_total_gather_and_buffers(three):
+    check_answers(three["use_everything"], [111, 0.3, -3e-9])
 
 
 # Two processes with 4 pictures each compute what one computes with 8
@@ -145,50 +149,61 @@ def test_two_processes_have_the_gradient_of_one_with_the_double_batch(two):
 # Evaluation
 
 
-class Drawn:
-    """A detector that takes its answer from the pixels: reproducible, and not always right."""
-
-    category_ids = [3, 21]
-
-    def detect_resized(self, images, sizes, **thresholds):
-        out = []
-        for image in images:
-            width, kind = image[0, 0, :2].tolist()
-            boxes = torch.tensor([[10.0, 10, 10 + width, 60]] * (kind % 3))
-            labels = torch.full((len(boxes),), 1 + kind % 2)
-            scores = torch.linspace(0.9, 0.3, len(boxes))
-            out.append({"boxes": boxes.reshape(-1, 4), "labels": labels, "scores": scores})
-        return out
-
-
 def seven_pictures():
-    """Truth and pictures; an odd number, so that two processes have unequal shares."""
-    truth, images, annotations = COCO(), [], []
-    pixels = torch.zeros(7, 300, 300, 3, dtype=torch.uint8)
-    for i in range(7):
-        images.append({"id": 50 - i, "width": 300, "height": 300})
-        pixels[i, 0, 0, :2] = torch.tensor([40 + 5 * i, i])
-        entry = {"id": i + 1, "image_id": 50 - i, "category_id": (3, 21)[i % 2], "iscrowd": 0}
-        annotations.append(entry | {"bbox": [10, 10, 50, 50], "area": 2500})
+    """COCO's truth and noise for pixels; seven, so that 2 or 3 processes have unequal shares."""
+    truth = COCO()
+    images = [{"id": 50 - i, "width": 300, "height": 300} for i in range(7)]
+    annotations = [
+        {"id": i + 1, "image_id": 50 - i, "category_id": (3, 21)[i % 2], "iscrowd": 0}
+        | {"bbox": [10 * i, 100, 90, 60], "area": 5400}
+        for i in range(7)
+    ]
     truth.dataset = {"images": images, "annotations": annotations}
     truth.dataset["categories"] = [{"id": 3, "name": "a"}, {"id": 21, "name": "b"}]
     truth.createIndex()
-    return truth, pixels, torch.arange(50, 43, -1)
+    noise = torch.randint(0, 256, (7, 8, 8, 3), generator=torch.Generator().manual_seed(0))
+    pixels = noise.repeat_interleave(38, dim=1).repeat_interleave(38, dim=2)[:, :300, :300]
+    return truth, pixels.to(torch.uint8), torch.arange(50, 43, -1)
 
 
 def evaluate_share():
+    """Figures and detections of a network of random weights, as train.py shares the work."""
+    torch.manual_seed(0)
+    network = build_model("ssdlite", 3, pretrained_backbone=False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    network.train()(torch.randn(4, 3, 300, 300))  # so that batch norm has these statistics
+    with torch.no_grad():
+        for name, values in network.named_parameters():
+            if name.startswith(("loc.", "conf.")):
+                values.mul_(0.3)  # outputs of a trained network's size
+    detector = Detector(network, "ssdlite", ["background", "a", "b"], [3, 21], "cpu")
     truth, pixels, ids = seven_pictures()
     own = slice(distributed.rank(), None, distributed.world_size())
-    loader = [
-        (p[None], i[None], torch.ones(1, 2)) for p, i in zip(pixels[own], ids[own], strict=True)
-    ]
-    return evaluate(Drawn(), loader, truth if distributed.rank() == 0 else None)
+    batches = zip(pixels[own].split(2), ids[own].split(2), strict=True)
+    loader = [(p, i, torch.tensor([[300, 300]] * len(i))) for p, i in batches]
+    return evaluate(detector, loader, truth if distributed.rank() == 0 else None)
 
 
-def test_evaluation_counts_every_picture_once_in_two_processes(two):
+def check_evaluation(answers):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes: sums in another order would swap near ties
     metrics, detections = evaluate_share()
-    (shared, gathered), other = two["evaluate_share"]
-    assert other is None
-    assert 0 < metrics["AP"] < 1 and json.dumps(shared) == json.dumps(metrics)
-    np.testing.assert_array_equal(gathered, detections)
-    assert len(detections) == sum(i % 3 for i in range(7))
+    torch.set_num_threads(threads)
+    (shared, gathered), *others = answers
+    assert others == [None] * (len(answers) - 1)
+    assert shared.pop("per_class") == pytest.approx(metrics.pop("per_class"), abs=1e-4)
+    assert 0 < metrics["AP"] < 1 and shared == pytest.approx(metrics, abs=1e-4)
+    assert len(detections) > 500 and np.ptp(detections[:, 5]) > 0.1  # not one like the other
+    np.testing.assert_allclose(gathered[:, 5], detections[:, 5], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(gathered[:, 1:5], detections[:, 1:5], atol=1e-3, rtol=0)
+    np.testing.assert_array_equal(gathered[:, [0, 6]], detections[:, [0, 6]])
+
+
+def test_evaluation_by_two_processes_finds_the_same(two):
+    check_evaluation(two["evaluate_share"])
+
+
+def test_evaluation_by_three_processes_finds_the_same(three):
+    check_evaluation(three["evaluate_share"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.dataset import TrainSampler
 from src.engine import METRICS
 from src.shapes import make_dataset
 from src.transform import read_image
@@ -223,14 +224,59 @@ def test_fine_tuning_keeps_all_but_the_class_heads(shapes, trained, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in learnt)
 
 
-def test_a_broken_picture_ends_the_run_in_one_line(shapes, tmp_path):
+def test_a_broken_picture_is_named_when_it_is_reached_and_nothing_is_lost(
+    shapes, trained, tmp_path
+):
     broken = tmp_path / "broken"
     shutil.copytree(shapes, broken)
-    picture = sorted((broken / "train2017").glob("*.jpg"))[3]
-    picture.write_bytes(picture.read_bytes()[:500])
-    done = train(broken, tmp_path / "out", "--num-workers", 2, status=2)
+    _, _, last = TrainSampler(12, batch_size=4, seed=123)  # the first epoch's batches
+    picture = sorted((broken / "train2017").glob("*.jpg"))[last[1][1]]
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])
+    done = train(broken, tmp_path / "out", "--epochs", 2, "--num-workers", 2, status=2)
     assert done.stderr.count("error: ") == 1 and str(picture) in done.stderr
     assert "Traceback" not in done.stderr
+    state = load(tmp_path / "out" / "ssdlite.pth")
+    assert (state["epoch"], state["samples_seen"]) == (0, 8)
+    picture.write_bytes(whole)
+    train(broken, tmp_path / "out", "--epochs", 2)
+    weights, expected = (
+        load(folder / "ssdlite.pth")["model_state_dict"] for folder in (tmp_path / "out", trained)
+    )
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_broken_picture_of_the_second_process_loses_nothing_either(shapes, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(shapes, broken)
+    *_, last = TrainSampler(12, batch_size=2, rank=1, world_size=2, seed=123)
+    picture = sorted((broken / "train2017").glob("*.jpg"))[last[0][1]]
+    picture.write_bytes(picture.read_bytes()[:-2000])
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29613"]
+    done = train(broken, tmp_path, "--batch-size", 2, launcher=launcher, status=1)
+    assert str(picture) in done.stderr
+    state = load(tmp_path / "ssdlite.pth")
+    assert (state["epoch"], state["samples_seen"]) == (0, 8)
+
+
+def test_a_size_that_fits_neither_way_is_found_before_training(shapes, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(shapes, odd)
+    file = odd / "annotations" / "instances_val2017.json"
+    data = json.loads(file.read_text())
+    data["images"][4]["width"] += 1
+    file.write_text(json.dumps(data))
+    done = train(odd, tmp_path / "out", status=2)
+    assert data["images"][4]["file_name"] in done.stderr and str(file) in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out" / "ssdlite.pth").exists()
+
+
+def test_a_resumed_run_says_what_changed(shapes, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "again")
+    done = train(shapes, tmp_path / "again", "--epochs", 2, "--batch-size", 2, "--lr", 0.5)
+    for changed in ("batch_size was 4, is 2", "lr was 0.0026, is 0.5"):
+        assert f"changed since: {changed}" in done.stdout
+    assert "world_size" not in done.stdout and "seed" not in done.stdout
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(shapes, tmp_path):

@@ -1,0 +1,102 @@
+"""Training killed at random moments and started again, until it is done: nothing may differ.
+
+    ROUNDS=50 python -m pytest tests/test_stop_and_resume.py
+
+stops it 50 times; without ROUNDS a few times.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.shapes import make_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ROUNDS = int(os.environ.get("ROUNDS", 3))
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29641"]
+ENDED_WELL = {0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL}
+
+
+def start(data, folder, processes, workers):
+    """Start (or go on with) the run that `folder` holds, in a process group of its own."""
+    command = [*(TORCHRUN if processes == 2 else []), "train.py", "--data-path", data]
+    command += ["--model", "ssdlite", "--no-pretrained-backbone", "--batch-size", 4 // processes]
+    command += ["--epochs", 2, "--save-every", 1, "--num-workers", workers, "--lr", 0.01]
+    command += ["--save-folder", folder, "--log-path", folder / "log"]
+    with open(folder / "output.txt", "a") as output:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT, env=ENV, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
+def end_of(folder):
+    """Last checkpoint and the steps logged under each TensorBoard tag."""
+    log = EventAccumulator(str(folder / "log" / "ssdlite"), size_guidance={"scalars": 0})
+    log.Reload()
+    steps = {tag: [event.step for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    return torch.load(folder / "ssdlite.pth", weights_only=True), steps
+
+
+def same(a, b):
+    """Equal to the last bit, all the way down."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processes):
+    rng = random.Random(processes)
+    make_dataset(tmp_path / "data", train=12, val=3, seed=2)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    begun = time.monotonic()
+    assert start(tmp_path / "data", whole, processes, workers=0).wait(300) == 0
+    duration = time.monotonic() - begun
+    expected, expected_steps = end_of(whole)
+    stops, journey = 0, 0
+    while stops < ROUNDS:
+        journey += 1
+        folder = tmp_path / f"journey{journey}"
+        folder.mkdir()
+        while True:
+            process = start(tmp_path / "data", folder, processes, workers=rng.choice([0, 1, 2]))
+            kill = rng.choice([signal.SIGTERM, signal.SIGKILL])
+            try:
+                status = process.wait(rng.uniform(0.2, 1) * duration)
+            except subprocess.TimeoutExpired:
+                stops += 1
+                if kill == signal.SIGTERM:  # as a cluster does it: the launcher passes it on
+                    process.terminate()
+                else:
+                    os.killpg(process.pid, kill)
+                status = process.wait(120)
+                with contextlib.suppress(ProcessLookupError):  # no orphan may write on
+                    os.killpg(process.pid, signal.SIGKILL)
+                time.sleep(0.2)
+            said = (folder / "output.txt").read_text()
+            assert "error: " not in said, said
+            if processes == 1:  # torchrun gives a status and a traceback of its own
+                assert status in ENDED_WELL and "Traceback" not in said, said
+            if status == 0:
+                break
+        found, steps = end_of(folder)
+        for key in ("model_state_dict", "optimizer", "epoch", "samples_seen", "best_map"):
+            assert same(found[key], expected[key]), (key, journey)
+        assert steps == expected_steps
+    print(f"{processes} process(es): {stops} stops in {journey} runs, each equal bit for bit")
