@@ -313,13 +313,14 @@ def main():
             }
             save_checkpoint(Path(args.save_folder) / name, state)
 
-    def leave_if_told(epoch, samples_seen):
-        """Save and leave if any process was told to stop."""
-        if distributed.total([float(bool(stopping()))])[0] > 0:
-            save(checkpoint_file.name, epoch, samples_seen)
-            say(f"stopped; saved {checkpoint_file}, the same command goes on from there")
-            distributed.tear_down()
-            sys.exit(128 + (stopping() or signal.SIGTERM))
+    def told_to_stop():
+        """Whether any process was."""
+        return distributed.total([float(bool(stopping()))])[0] > 0
+
+    def leave():
+        say(f"stopped; saved {checkpoint_file}, the same command goes on from there")
+        distributed.tear_down()
+        sys.exit(128 + (stopping() or signal.SIGTERM))
 
     stopping = stop_on_signals()
     for epoch in range(first_epoch, args.epochs):
@@ -337,8 +338,10 @@ def main():
                 if args.save_every and (iteration + 1) % args.save_every == 0:
                     save(checkpoint_file.name, epoch, samples_seen)
                 # GPUs run ahead of their processes; to agree at each step would hold them.
-                if figures or world_size == 1 or device.type == "cpu":
-                    leave_if_told(epoch, samples_seen)
+                agree = figures or world_size == 1 or device.type == "cpu"
+                if agree and told_to_stop():
+                    save(checkpoint_file.name, epoch, samples_seen)
+                    leave()
         except UnreadablePicture:  # whichever process meets it; all have the same weights
             save(checkpoint_file.name, epoch, samples_seen, by=rank)
             raise
@@ -359,7 +362,8 @@ def main():
                 best_map = metrics["mAP"]
                 save(f"{args.model}_best.pth", epoch + 1, 0)
         save(checkpoint_file.name, epoch + 1, 0)
-        leave_if_told(epoch + 1, 0)
+        if told_to_stop():
+            leave()
     say(f"{args.epochs} epochs done: {checkpoint_file}, best mAP {best_map:.3f}")
     distributed.tear_down()
 

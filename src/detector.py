@@ -24,8 +24,7 @@ class Detector:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        self.dtype = half if amp else torch.float32
+        self.dtype = torch.get_autocast_dtype(self.device.type) if amp else torch.float32
         model = fold_batch_norm(copy.deepcopy(model).eval())
         self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.encoder = Encoder(make_default_boxes(name).to(self.device))

@@ -19,12 +19,6 @@ LOG_EVERY = 10  # steps; the losses are looked at, and the device waited for, on
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
-def autocast(device, amp):
-    """Mixed precision: float16 on a GPU, bfloat16 on a CPU; a context that does nothing if not."""
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp)
-
-
 def train_one_epoch(
     model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp
 ):
@@ -46,7 +40,7 @@ def train_one_epoch(
         images = normalize(images.to(device, non_blocking=True))
         loc_targets = loc_targets.to(device, non_blocking=True)
         cls_targets = cls_targets.to(device, non_blocking=True)
-        with autocast(device, amp):
+        with torch.autocast(device.type, enabled=amp):  # float16 on a GPU, bfloat16 on a CPU
             loc, cls_logits = model(images)
         loc_loss, cls_loss = criterion(loc, cls_logits, loc_targets, cls_targets)  # in float32
         optimizer.zero_grad()

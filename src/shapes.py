@@ -22,7 +22,7 @@ from src.usage import ArgumentParser, UserError, number, run
 
 # Ids with gaps, listed unsorted: no program may assume that ids count up from 1.
 CATEGORIES = {21: "circle", 3: "square", 40: "triangle", 8: "star", 22: "cross", 7: "ring"}
-MIN_VISIBLE = 0.4  # of an object's whole outline; above the promised quarter, for rounding
+MIN_VISIBLE = 0.7  # of an object's whole outline: they overlap, but none hides another
 CONTRAST = 110.0  # RGB distance of a fill from what it lies on or touches, before light and noise
 FINE = 4  # masks are drawn this many times larger, then averaged
 
@@ -65,8 +65,8 @@ def draw_item(rng, width, height, crowd):
     category, side = int(rng.choice(list(CATEGORIES))), min(width, height)
     name = CATEGORIES[category]
     if not crowd:
-        size = 0.1 * 7 ** (rng.random() ** 0.6) * side
-        x, y = rng.uniform(0.2 * size, (width - 0.2 * size, height - 0.2 * size))
+        size = 0.1 * 7 ** (rng.random() ** 0.35) * side
+        x, y = rng.uniform(0.35 * size, (width - 0.35 * size, height - 0.35 * size))
         part = place_shape(rng, name, size, x, y)
         return Item(category, [part], part)
     spread, parts = rng.uniform(0.12, 0.2) * side, []
@@ -88,7 +88,7 @@ def layout(rng, kind="objects"):
     other = side if rng.random() < 0.2 else min(int(side * rng.uniform(1, 1.6)), 640)
     width, height = (side, other) if rng.random() < 0.4 else (other, side)
     frame, items, visible = shapely.box(0, 0, width, height), [], []
-    for n in range(0 if kind == "empty" else 1 + int(12 * rng.random() ** 1.2)):
+    for n in range(0 if kind == "empty" else 1 + int(12 * rng.random())):
         for _ in range(8):
             new = draw_item(rng, width, height, crowd=kind == "crowd" and n == 0)
             seen = [old - new.outline for old in visible] + [new.outline & frame]
@@ -172,9 +172,9 @@ def surface(rng, height, width, colour, strength):
 
 def backdrop(rng, height, width):
     """Ground with clutter of no class (thin lines, arcs, small blobs): (H, W, 3) float32."""
-    ground = surface(rng, height, width, rng.uniform(60, 190) + rng.uniform(-25, 25, 3), 25)
+    ground = surface(rng, height, width, rng.uniform(60, 190) + rng.uniform(-25, 25, 3), 20)
     ground, side = ground.clip(0, 255).astype(np.uint8), min(height, width)
-    for kind in rng.integers(0, 3, rng.integers(0, 16)):
+    for kind in rng.integers(0, 3, rng.integers(0, 8)):
         colour, thick = rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3))
         start, end = rng.uniform(0, (width, height), (2, 2)).astype(int).tolist()
         a, b, turn = rng.integers(20, 160, 3).tolist()
@@ -193,11 +193,11 @@ def fill_colour(rng, category, others):
     """The first of 40 RGB colours at least CONTRAST from all `others` (N, 3), else the farthest.
 
     Things have their usual colours, as bananas and fire engines do: a category's hues scatter by
-    14 degrees about one, so that the sample set can be learnt in minutes.
+    10 degrees about one, so that the sample set can be learnt in minutes.
     """
     usual = list(CATEGORIES).index(category) / len(CATEGORIES)
-    hue = (usual + rng.normal(0, 14 / 360, 40)) % 1
-    saturation, value = rng.uniform(0.5, 1, 40), rng.uniform(0.45, 1, 40)
+    hue = (usual + rng.normal(0, 10 / 360, 40)) % 1
+    saturation, value = rng.uniform(0.6, 1, 40), rng.uniform(0.5, 1, 40)
     hsv = np.stack([hue * 360, saturation, value], axis=1).astype(np.float32)
     colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] * 255.0
     nearest = np.linalg.norm(colours[:, None] - others, axis=2).min(axis=1)  # (40,)
@@ -218,7 +218,7 @@ def paint_part(rng, canvas, ground, category, part, painted):
     around = cv2.mean(ground[window], mask=np.uint8(mask < 0.5))[:3]
     touched = [colour for other, colour in painted if other.intersects(part)]
     colour = fill_colour(rng, category, np.array([around, *touched]))
-    fill = surface(rng, y2 - y1, x2 - x1, colour, rng.choice([0, 15, 30]))
+    fill = surface(rng, y2 - y1, x2 - x1, colour, rng.choice([0, 10, 20]))
     canvas[window] += cv2.merge([mask] * 3) * (fill - canvas[window])
     return colour
 
@@ -236,7 +236,7 @@ def draw_scene(rng, kind="objects"):
     canvas *= cv2.resize(light, (width, height), interpolation=cv2.INTER_CUBIC)
     if rng.random() < 0.3:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.5, 1.2))
-    noise = (rng.random((height, width), np.float32) - 0.5) * np.float32(rng.uniform(4, 20))
+    noise = (rng.random((height, width), np.float32) - 0.5) * np.float32(rng.uniform(4, 14))
     canvas += cv2.merge([noise] * 3)
     image = cv2.convertScaleAbs(np.maximum(canvas, 0, out=canvas))
     return image, [annotate(*pair, width, height) for pair in zip(items, visible, strict=True)]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -187,13 +188,17 @@ def test_image_script_names_its_output_itself(shapes, trained, tmp_path):
     assert (tmp_path / "a b_prediction.jpg").is_file()
 
 
-def test_video_script(trained, tmp_path):
-    clip = tmp_path / "clip.mp4"
-    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 29.97, (320, 240))
-    for step in range(7):
+def make_video(path, frames, codec="MJPG"):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 29.97, (320, 240))
+    for step in range(frames):
         frame = np.full((240, 320, 3), 90, np.uint8)
         writer.write(cv2.circle(frame, (60 + 20 * step, 120), 40, (0, 200, 255), cv2.FILLED))
     writer.release()
+
+
+def test_video_script(trained, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    make_video(clip, 7, "mp4v")
     run(
         "test_video.py", "--input", clip, "--json", tmp_path / "clip.json",
         "--pretrained-model", trained / "ssdlite.pth", "--cls-threshold", "0.05",
@@ -303,45 +308,87 @@ def test_a_published_checkpoint_is_no_training_to_go_on_with(shapes, tmp_path):
     assert "--pretrained-model" in train(shapes, tmp_path, status=2).stderr
 
 
+def run_here(monkeypatch, script, *options):
+    """Run a script in this process, which takes no seconds to start; its exit status."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return end.value.code
+
+
 @pytest.mark.parametrize(
     "script, options, value",
     [
         ("train.py", ["--data-path", "no/such"], "no/such"),
         ("train.py", ["--batch-size", "0"], "'0'"),
         ("train.py", ["--batch-size", "64"], "--batch-size 12"),
+        ("train.py", ["--epochs", "0"], "'0'"),
+        ("train.py", ["--num-workers", "-1"], "'-1'"),
         ("train.py", ["--model", "yolo"], "yolo"),
         ("train.py", ["--nms-threshold", "1.5"], "'1.5'"),
         ("train.py", ["--lr", "nan"], "'nan'"),
+        ("train.py", ["--lr", "fast"], "'fast'"),
+        ("train.py", ["--momentum", "-0.1"], "'-0.1'"),
+        ("train.py", ["--multistep", "0"], "'0'"),
         ("train.py", ["--pretrained-model", "no.pth"], "no.pth"),
+        ("train.py", ["--pretrained-model", "{cut}"], "cut.pth"),
+        ("train.py", ["--save-folder", "{picture}"], "139.jpg"),
+        ("train.py", ["--val-set", "test2017"], "instances_test2017.json"),
+        ("train.py", ["--no-such-option"], "--no-such-option"),
         ("test_image.py", ["--input", "no.jpg"], "no.jpg"),
         ("test_image.py", ["--input", "README.md"], "README.md"),
-        ("test_image.py", ["--cls-threshold", "-1", "--input", "README.md"], "'-1'"),
+        ("test_image.py", ["--input", "src"], "src"),
+        ("test_image.py", ["--input", "{cut}"], "cut.pth"),
+        ("test_image.py", ["--input", "{picture}", "--cls-threshold", "-1"], "'-1'"),
+        ("test_image.py", ["--input", "{picture}", "--output", "no/such/b.jpg"], "no/such"),
+        ("test_image.py", ["--input", "{picture}", "--output", "b.xyz"], "b.xyz"),
+        ("test_image.py", ["--input", "{picture}", "--json", "src"], "src"),
+        ("test_image.py", ["--input", "{pictures}", "--output", "b.jpg"], "b.jpg"),
+        ("test_image.py", ["--input", "{picture}", "--pretrained-model", "no.pth"], "no.pth"),
+        ("test_image.py", ["--input", "{picture}", "--pretrained-model", "{cut}"], "cut.pth"),
+        ("test_video.py", ["--input", "no.mp4"], "no.mp4"),
         ("test_video.py", ["--input", "README.md"], "README.md"),
         ("test_video.py", ["--input", "77"], "77"),
+        ("test_video.py", ["--input", "{video}", "--output", "b.xyz"], "b.xyz"),
+        ("test_video.py", ["--input", "{video}", "--output", "{folder}.mp4"], "folder.mp4"),
+        ("test_video.py", ["--input", "{video}", "--output", "no/such/b.mp4"], "no/such"),
+        ("test_video.py", ["--input", "{video}", "--output", "{video}"], "clip.avi"),
+        ("test_video.py", ["--input", "{video}", "--nms-threshold", "2"], "'2'"),
         ("test_dataset.py", ["--data-path", "no/such"], "no/such"),
+        ("test_dataset.py", ["--output", "{picture}"], "139.jpg"),
+        ("test_dataset.py", ["--batch-size", "0"], "'0'"),
     ],
 )
-def test_a_mistake_takes_one_line_and_status_2(shapes, trained, tmp_path, script, options, value):
+def test_a_mistake_takes_one_line_and_status_2(
+    shapes, trained, tmp_path, monkeypatch, capfd, script, options, value
+):
+    monkeypatch.chdir(ROOT)
+    places = {"folder": tmp_path / "folder", "pictures": shapes / "val2017"}
+    places |= {"video": tmp_path / "clip.avi", "picture": tmp_path / "139.jpg"}
+    places |= {"cut": tmp_path / "cut.pth"}
+    (tmp_path / "folder.mp4").mkdir()
+    shutil.copy(next((shapes / "val2017").glob("*.jpg")), places["picture"])
+    places["cut"].write_bytes((trained / "ssdlite.pth").read_bytes()[:-1000])
+    if "{video}" in options:
+        make_video(places["video"], frames=2)
+    training = ["--data-path", shapes, "--save-folder", tmp_path / "new", "--model", "ssdlite"]
     common = {
-        "train.py": [
-            "--data-path",
-            shapes,
-            "--save-folder",
-            tmp_path,
-            "--model",
-            "ssdlite",
-            *SMALL,
-        ],
-        "test_dataset.py": ["--output", tmp_path / "out"],
+        "train.py": [*training, "--log-path", tmp_path / "log", *SMALL],
+        "test_dataset.py": ["--data-path", shapes, "--output", tmp_path / "out"],
         "test_image.py": ["--output", tmp_path / "x.jpg"],
         "test_video.py": ["--output", tmp_path / "x.mp4"],
     }[script]
     if script != "train.py":
         common += ["--pretrained-model", trained / "ssdlite.pth"]
-    done = run(script, *common, *options, status=2)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and value in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
+    if "{pictures}" in options or "src" in options:
+        common.remove(tmp_path / "x.jpg")
+        common.remove("--output")
+    options = [option.format(**places) for option in options]
+    assert run_here(monkeypatch, script, *common, *options) == 2
+    said = capfd.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and value in lines[0], said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -368,6 +415,7 @@ def test_a_mistake_takes_one_line_and_status_2(shapes, trained, tmp_path, script
         ),
     ],
 )
-def test_help_names_the_options_of_the_design(script, options):
-    text = run(script, "--help").stdout
+def test_help_names_the_options_of_the_design(monkeypatch, capfd, script, options):
+    assert run_here(monkeypatch, script, "--help") == 0
+    text = capfd.readouterr().out
     assert all(f"--{option} " in text or f"--{option}\n" in text for option in options.split())
