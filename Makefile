@@ -3,14 +3,16 @@
 
 PYTHON = .venv/bin/python
 RUN = demo/training
+# glibc would hand the memory of each step back to the system, only to ask for it again.
+KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
 .PHONY: demo test
 
 demo: .venv/installed
 	$(PYTHON) -m src.shapes demo/shapes --train 650 --val 100 --seed 0
 	rm -rf $(RUN)
-	$(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone \
-	  --epochs 8 --multistep 6 7 --batch-size 4 --lr 0.06 --num-workers 2 \
+	$(KEEP_MEMORY) $(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone \
+	  --epochs 8 --multistep 7 --batch-size 4 --lr 0.06 --num-workers 2 \
 	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
 	$(PYTHON) test_dataset.py --data-path demo/shapes --pretrained-model $(RUN)/ssdlite_best.pth \
 	  --num-workers 2 --output demo/predictions
