@@ -24,7 +24,10 @@ class ResNet50Backbone(nn.Module):
     # recipes; batch norm keeps its features in range, so no L2 normalisation.
     def __init__(self, pretrained):
         super().__init__()
-        resnet = resnet50(weights=ResNet50_Weights.IMAGENET1K_V2 if pretrained else None)
+        # From scratch each residual block starts as the identity: features that add up from block
+        # to block make the heads' first steps explode.
+        weights = ResNet50_Weights.IMAGENET1K_V2 if pretrained else None
+        resnet = resnet50(weights=weights, zero_init_residual=True)
         first = resnet.layer3[0]
         first.conv1.stride = first.conv2.stride = first.downsample[0].stride = (1, 1)
         self.feature_extractor = nn.Sequential(

@@ -162,7 +162,7 @@ def test_a_class_bias_speaks_for_its_shape_alone(name, head, shape, size):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_reaches_every_parameter(name):
     torch.manual_seed(0)
-    model = build_model(name, 4, pretrained_backbone=False).train()
+    model = filled(name, 4).train()  # a new one's zero gammas would hold it up for one step
     loc, cls_logits = model(pictures(3))
     # A weight of its own for every output; the loss alone leaves heads without a match untouched.
     (
@@ -171,6 +171,14 @@ def test_gradient_reaches_every_parameter(name):
     still = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert still == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_from_scratch_residual_blocks_start_as_the_identity():
+    torch.manual_seed(0)
+    model = build_model("ssd", 4, pretrained_backbone=False).train()
+    block = model.feature_extractor.feature_extractor[-1][1]
+    x = torch.rand(2, 1024, 8, 8)
+    assert_close(block(x), x, rtol=0, atol=0)
 
 
 def test_multibox_loss_trains_ssdlite_from_end_to_end():
