@@ -1,5 +1,5 @@
 # docker build --network=host -t ssd .
-# docker run --rm -it --gpus all -v path/to/your/coco:/coco -v path/to/trained_models:/trained_models \
+# docker run --rm -it --gpus all -v "$PWD/coco:/coco" -v "$PWD/trained_models:/trained_models" \
 #   --ipc=host --network=host ssd
 FROM python:3.12-slim
 WORKDIR /ssd

@@ -18,6 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from src import distributed, usage
 from src.boxes import Encoder, make_default_boxes
@@ -169,10 +170,31 @@ def look_over(train_set, val_set):
             f" {train_set.annotation_file}, {train_set.category_ids}: make them the same"
         )
     for name, data in (("training", train_set), ("validation", val_set)):
-        data.check_sizes(range(distributed.rank(), len(data), distributed.world_size()))
+        share = range(distributed.rank(), len(data), distributed.world_size())
+        quiet = distributed.rank() > 0
+        data.check_sizes(tqdm(share, f"{name} pictures", disable=quiet, leave=False))
         counts = "".join(f", {count} {what}" for what, count in data.repairs.items())
         boxes = f"{len(data.boxes)} boxes of {len(data.classes) - 1} classes"
         say(f"{name}: {len(data)} pictures, {boxes}{counts}")
+
+
+def find_stopped_run(file, options):
+    """The checkpoint of a run to go on with, or None; says where it was, and what has changed."""
+    state = load_checkpoint(file) if file.exists() else None
+    if state and "optimizer" not in state:
+        raise UserError(
+            f"{file}: is no training to go on with; move it away,"
+            " and give it as --pretrained-model to start from it"
+        )
+    place = [state["epoch"], state["samples_seen"]] if state else [-1, 0]
+    if distributed.total(place) != [distributed.world_size() * value for value in place]:
+        raise UserError(f"{file}: not the same for all processes; machines share --save-folder")
+    if state:
+        say(f"going on from {file}: {place[0]} epochs, {place[1]} pictures")
+        for option, value in options.items():
+            if state["args"].get(option, value) != value:
+                say(f"changed since: {option} was {state['args'][option]}, is {value}")
+    return state
 
 
 def start_network(args, state, classes):
@@ -261,12 +283,7 @@ def main():
 
     # Model, and where a stopped run goes on
     checkpoint_file = Path(args.save_folder) / f"{args.model}.pth"
-    state = load_checkpoint(checkpoint_file) if checkpoint_file.exists() else None
-    if state and "optimizer" not in state:
-        raise UserError(
-            f"{checkpoint_file}: is no training to go on with; move it away,"
-            " and give it as --pretrained-model to start from it"
-        )
+    state = find_stopped_run(checkpoint_file, options)
     network = start_network(args, state, train_set.classes)
     network = network.to(device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network) if world_size > 1 else network
@@ -279,10 +296,6 @@ def main():
             scaler.load_state_dict(state["scaler"])
         first_epoch, samples_seen = state["epoch"], state["samples_seen"]
         best_map = state["best_map"]
-        say(f"going on from {checkpoint_file}: {first_epoch} epochs, {samples_seen} pictures")
-        for option, value in options.items():
-            if state["args"].get(option, value) != value:
-                say(f"changed since: {option} was {state['args'][option]}, is {value}")
     per_step = args.batch_size * world_size
     log = open_log(args, first_epoch * iterations + samples_seen // per_step, samples_seen)
 
@@ -342,7 +355,7 @@ def main():
                 if agree and told_to_stop():
                     save(checkpoint_file.name, epoch, samples_seen)
                     leave()
-        except UnreadablePicture:  # whichever process meets it; all have the same weights
+        except UnreadablePicture:  # whichever process meets it: all have the same parameters
             save(checkpoint_file.name, epoch, samples_seen, by=rank)
             raise
         save(checkpoint_file.name, epoch, samples_seen)  # evaluation may take its time
@@ -358,9 +371,10 @@ def main():
             metrics.pop("per_class")
             metrics["mAP"] = metrics.pop("AP")
             write(log, "Test", metrics, (epoch + 1) * iterations)
-            if metrics["mAP"] >= best_map:
-                best_map = metrics["mAP"]
-                save(f"{args.model}_best.pth", epoch + 1, 0)
+        (mean_ap,) = distributed.total([metrics["mAP"] if rank == 0 else 0.0])  # known to all
+        if mean_ap >= best_map:
+            best_map = mean_ap
+            save(f"{args.model}_best.pth", epoch + 1, 0)
         save(checkpoint_file.name, epoch + 1, 0)
         if told_to_stop():
             leave()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from src import distributed
 from src.model import MODELS, build_model
 from src.usage import UserError
 
@@ -27,7 +26,7 @@ OUR_KEYS = ("model_state_dict", "classes", "category_ids")
 def save_checkpoint(path, state):
     """Write `state` so that `path` holds either the old checkpoint or all of the new one."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{distributed.rank()}")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # no one else writes into it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:

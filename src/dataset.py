@@ -90,12 +90,16 @@ class CocoDataset(Dataset):
 
     def read(self, index):
         """Picture `index` as (H, W, 3) uint8 RGB, turned the way its annotations are."""
-        path, (width, height) = self.path(index), self.sizes[index]
+        path, (width, height) = self.path(index), self.sizes[index].tolist()
         image = read_image(path)
         if image.shape[:2] != (height, width):  # annotated without regard to EXIF, perhaps
+            upright = image.shape
             image = read_image(path, upright=False)
             if image.shape[:2] != (height, width):
-                raise self._misfit(index)
+                raise UnreadablePicture(
+                    f"{path} is {upright[1]}x{upright[0]} pixels, but {width}x{height} in"
+                    f" {self.annotation_file}: correct one of them"
+                )
         return image
 
     def path(self, index):
@@ -105,20 +109,11 @@ class CocoDataset(Dataset):
     def check_sizes(self, indices):
         """UnreadablePicture if one of these pictures is not of the size in the annotation file.
 
-        Reads the files' headers alone, a few thousand a second.
+        Opens the files, but decodes only those whose header shows another size (EXIF turns them).
         """
         for index in indices:
-            path, size = self.path(index), tuple(self.sizes[index].tolist())
-            if all(picture_size(path, upright) != size for upright in (False, True)):
-                raise self._misfit(index)
-
-    def _misfit(self, index):
-        path, (width, height) = self.path(index), self.sizes[index]
-        found = "x".join(map(str, picture_size(path)))
-        return UnreadablePicture(
-            f"{path} is {found} pixels, but {width}x{height} in {self.annotation_file}:"
-            " correct one of them"
-        )
+            if picture_size(self.path(index)) != tuple(self.sizes[index].tolist()):
+                self.read(index)
 
 
 def annotation_file(data_path, set_name):
@@ -169,8 +164,10 @@ def check_entries(path, data, sizes):
         for entry in data[kind]:
             # Larger ids would not survive in a float, which pycocotools makes of them.
             if not (isinstance(entry["id"], int) and abs(entry["id"]) < 2**53):
-                raise ValueError(f"{kind} id {entry['id']!r}")
-            os.fsencode(entry[name])  # raises on what is no text
+                raise UserError(f"{path}: {kind} id {entry['id']!r}: number them, below 2**53")
+            if not isinstance(entry.get(name), str):
+                raise UserError(f"{path}: {kind} id {entry['id']} has no {name!r}: add it")
+            os.fsencode(entry[name])  # raises on half a character
     categories = {category["id"] for category in data["categories"]}
     for kind, unique in (("images", sizes), ("categories", categories)):
         if len(unique) < len(data[kind]):
@@ -178,7 +175,7 @@ def check_entries(path, data, sizes):
             twice = counts.most_common(1)[0][0]
             raise UserError(f"{path}: id {twice} stands twice in its {kind}: remove one")
     for image_id, size in sizes.items():
-        if not all(0 < side < 2**31 and side == int(side) for side in size):
+        if not all(isinstance(v, (int, float)) and 0 < v < 2**31 and v == int(v) for v in size):
             raise UserError(f"{path}: image {image_id} has the size {size}: give its pixels")
     for annotation in data["annotations"]:
         if annotation["category_id"] not in categories:
@@ -191,7 +188,7 @@ def repair(annotation, size, repairs):
     """Mend one annotation in place and count it; False if it has to be left out."""
     if not all(isinstance(value, (int, float)) for value in annotation["bbox"]):
         raise TypeError(f"bbox {annotation['bbox']}")
-    x, y, w, h = map(float, annotation["bbox"])
+    x, y, w, h = map(float, annotation["bbox"] or [math.nan] * 4)
     left, top = max(x, 0.0), max(y, 0.0)
     right, bottom = min(x + w, size[0]), min(y + h, size[1])
     if not (right - left > 0.01 and bottom - top > 0.01):  # pixels; NaN comes here too

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from src.usage import UnreadablePicture
@@ -41,11 +41,10 @@ def read_image(path, upright=True):
         return np.array(picture.convert("RGB"))
 
 
-def picture_size(path, upright=True):
-    """(width, height) that `read_image` would give a picture, from its header alone."""
+def picture_size(path):
+    """(width, height) of a picture as it is stored, from its header alone."""
     with open_picture(path) as picture:
-        sideways = upright and picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return picture.size[::-1] if sideways else picture.size
+        return picture.size
 
 
 @contextlib.contextmanager

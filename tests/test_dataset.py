@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from src.boxes import Encoder, make_default_boxes
 from src.dataset import CocoDataset, TrainSampler, ground_truth, read_annotations
-from src.usage import UserError
+from src.usage import UnreadablePicture, UserError
 
 CATEGORIES = [{"id": 44, "name": "cup"}, {"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
 
@@ -466,3 +466,41 @@ def test_too_small_a_set_names_the_largest_batch_size():
     with pytest.raises(UserError, match="fewer"):
         TrainSampler(2, 4, 0, 3)
     assert len(steps(TrainSampler(20, 10, 1, 2))) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image, annotation: image.update(width=float(image["width"])),
+        lambda image, annotation: annotation.update(iscrowd=False),
+        lambda image, annotation: annotation.update(id="a1"),
+        lambda image, annotation: annotation.update(area="12"),
+        lambda image, annotation: annotation.update(area=float("nan")),
+        lambda image, annotation: annotation.pop("area"),
+    ],
+)
+def test_what_other_tools_export_is_taken(tmp_path, change):
+    image = {"id": 2**40, "file_name": "a.jpg", "width": 100, "height": 50}
+    annotation = {"id": 5} | box(2**40, [5, 5, 10, 20])
+    change(image, annotation)
+    small(tmp_path, [annotation], [image], pictures=False)
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (100, 50)).save(tmp_path / "set" / "a.jpg")
+    dataset = CocoDataset(tmp_path, "set")
+    dataset.check_sizes([0])
+    np.testing.assert_allclose(dataset.boxes, [[0.05, 0.1, 0.15, 0.5]], rtol=1e-6)
+    (mended,) = ground_truth(dataset.annotation_file).anns.values()
+    assert isinstance(mended["id"], int) and mended["area"] == 200
+
+
+def test_sizes_are_checked_and_a_turned_picture_fits(tmp_path):
+    small(tmp_path)
+    dataset = CocoDataset(tmp_path, "set")
+    dataset.check_sizes(range(2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG", exif=exif)
+    dataset.check_sizes([0])
+    Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG")
+    with pytest.raises(UnreadablePicture, match="50x100 pixels, but 100x50"):
+        dataset.check_sizes([0, 1])

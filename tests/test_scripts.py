@@ -1,5 +1,6 @@
 """The command lines, run as a user runs them: train, resume, evaluate, detect."""
 
+import atexit
 import json
 import math
 import os
@@ -79,24 +80,12 @@ def test_training_leaves_checkpoints_and_a_log(trained):
     assert all(math.isfinite(event.value) for events in found.values() for event in events)
 
 
-def test_a_run_stopped_and_resumed_equals_one_never_stopped(shapes, trained, tmp_path):
-    train(shapes, tmp_path, "--epochs", 1)
-    resumed = train(shapes, tmp_path, "--epochs", 2, "--num-workers", 2)
-    assert "going on from" in resumed.stdout
-    weights, expected = (
-        load(folder / "ssdlite.pth")["model_state_dict"] for folder in (tmp_path, trained)
-    )
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert [e.step for e in scalars(tmp_path / "log" / "ssdlite")["Test/mAP"]] == [3, 6]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path, workers):
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(shapes, whole, "--epochs", 6)
     command = [sys.executable, "train.py", "--data-path", shapes, "--save-folder", stopped]
     command += ["--log-path", stopped / "log", "--model", "ssdlite", *SMALL, "--epochs", "6"]
-    command += ["--num-workers", workers]
+    command += ["--num-workers", 2]
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE
     )
@@ -120,7 +109,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path, workers
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29611"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
         ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master-port=29612"],
     ],
     ids=["torchrun", "launch"],
@@ -254,14 +243,19 @@ def test_a_broken_picture_is_named_when_it_is_reached_and_nothing_is_lost(
 def test_a_broken_picture_of_the_second_process_loses_nothing_either(shapes, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shapes, broken)
-    *_, last = TrainSampler(12, batch_size=2, rank=1, world_size=2, seed=123)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    train(broken, tmp_path, "--batch-size", 2, "--epochs", 1, launcher=launcher)
+    best_map = load(tmp_path / "ssdlite.pth")["best_map"]
+    sampler = TrainSampler(12, batch_size=2, rank=1, world_size=2, seed=123)
+    sampler.start(epoch=1)
+    *_, last = sampler
     picture = sorted((broken / "train2017").glob("*.jpg"))[last[0][1]]
     picture.write_bytes(picture.read_bytes()[:-2000])
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29613"]
-    done = train(broken, tmp_path, "--batch-size", 2, launcher=launcher, status=1)
+    options = ["--batch-size", 2, "--epochs", 2]
+    done = train(broken, tmp_path, *options, launcher=launcher, status=1)
     assert str(picture) in done.stderr
     state = load(tmp_path / "ssdlite.pth")
-    assert (state["epoch"], state["samples_seen"]) == (0, 8)
+    assert (state["epoch"], state["samples_seen"], state["best_map"]) == (1, 8, best_map)
 
 
 def test_a_size_that_fits_neither_way_is_found_before_training(shapes, tmp_path):
@@ -273,7 +267,7 @@ def test_a_size_that_fits_neither_way_is_found_before_training(shapes, tmp_path)
     file.write_text(json.dumps(data))
     done = train(odd, tmp_path / "out", status=2)
     assert data["images"][4]["file_name"] in done.stderr and str(file) in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "out" / "ssdlite.pth").exists()
+    assert done.stderr.count("error: ") == 1 and not (tmp_path / "out" / "ssdlite.pth").exists()
 
 
 def test_a_resumed_run_says_what_changed(shapes, trained, tmp_path):
@@ -311,6 +305,8 @@ def test_a_published_checkpoint_is_no_training_to_go_on_with(shapes, tmp_path):
 def run_here(monkeypatch, script, *options):
     """Run a script in this process, which takes no seconds to start; its exit status."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    monkeypatch.setattr(atexit, "register", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return end.value.code

@@ -8,6 +8,7 @@ stops it 50 times; without ROUNDS a few times.
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from src.shapes import make_dataset
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROUNDS = int(os.environ.get("ROUNDS", 3))
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29641"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENDED_WELL = {0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL}
 
 
@@ -38,6 +39,18 @@ def start(data, folder, processes, workers):
             [sys.executable, *map(str, command)],
             cwd=ROOT, env=ENV, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
+
+
+def kill_all(process):
+    """SIGKILL to a process and all that it started; torchrun's are leaders of their own groups."""
+    pids = [process.pid]
+    for pid in pids:  # grows while we go through it
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+            pids += map(int, children.split())
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def end_of(folder):
@@ -69,7 +82,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processe
     assert start(tmp_path / "data", whole, processes, workers=0).wait(300) == 0
     duration = time.monotonic() - begun
     expected, expected_steps = end_of(whole)
-    stops, journey = 0, 0
+    stops, journey, resumed = 0, 0, 0
     while stops < ROUNDS:
         journey += 1
         folder = tmp_path / f"journey{journey}"
@@ -84,11 +97,8 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processe
                 if kill == signal.SIGTERM:  # as a cluster does it: the launcher passes it on
                     process.terminate()
                 else:
-                    os.killpg(process.pid, kill)
+                    kill_all(process)
                 status = process.wait(120)
-                with contextlib.suppress(ProcessLookupError):  # no orphan may write on
-                    os.killpg(process.pid, signal.SIGKILL)
-                time.sleep(0.2)
             said = (folder / "output.txt").read_text()
             assert "error: " not in said, said
             if processes == 1:  # torchrun gives a status and a traceback of its own
@@ -96,7 +106,10 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processe
             if status == 0:
                 break
         found, steps = end_of(folder)
+        resumed += len(re.findall(r"going on from .*: (?:1|0 epochs, [1-9])", said))
         for key in ("model_state_dict", "optimizer", "epoch", "samples_seen", "best_map"):
             assert same(found[key], expected[key]), (key, journey)
         assert steps == expected_steps
-    print(f"{processes} process(es): {stops} stops in {journey} runs, each equal bit for bit")
+    assert resumed > 0  # training anew each time would end the same
+    print(f"{processes} process(es): {stops} stops, {resumed} of them in mid-training,")
+    print(f"in {journey} runs, each equal to one never stopped, bit for bit")
