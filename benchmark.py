@@ -1,0 +1,386 @@
+"""Time every stage beside the plain way of doing it, in one run on one machine.
+
+    python benchmark.py
+    python benchmark.py --amp --repeats 15
+
+"Plain" is what most SSD code does: float32, contiguous, batch norm on its own, Pillow and
+torchvision's transforms, IoU with all default boxes at once, NMS in a Python loop over classes,
+mining with two sorts. The share of the limit is that of the machine's own matrix products.
+"""
+
+import contextlib
+import copy
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.ops import box_iou
+
+from src import shapes, usage
+from src.boxes import Encoder, make_default_boxes
+from src.dataset import CocoDataset, ground_truth
+from src.detector import Detector
+from src.engine import coco_metrics, coco_results, evaluate
+from src.loss import MultiBoxLoss
+from src.model import build_model
+from src.transform import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    augment,
+    normalize,
+    read_image,
+    sample_patch,
+)
+
+CLASSES = 81  # COCO's 80 and background
+PLAIN_PIXELS = transforms.Compose(
+    [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+)
+PLAIN_COLOURS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
+
+
+def parse_args():
+    """The command line."""
+    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    positive = usage.number(int, 1)
+    parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings a stage")
+    parser.add_argument("--amp", action="store_true", help="ours in half precision; plain is not")
+    parser.add_argument("--pictures", type=positive, default=24, help="of the validation stage")
+    return parser.parse_args()
+
+
+# The plain way
+
+
+def plain_corners(boxes):
+    """(N, 4) cxcywh -> xyxy."""
+    return torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)
+
+
+def plain_encode(default_boxes, boxes, labels):
+    """Targets of objects, with the whole (D, G) table of overlaps."""
+    overlaps = box_iou(plain_corners(default_boxes), boxes)
+    best, matched = overlaps.max(dim=1)
+    for g, d in enumerate(overlaps.argmax(dim=0)):
+        matched[d], best[d] = g, 1.0
+    objects = boxes[matched]
+    centres, sizes = (objects[:, :2] + objects[:, 2:]) / 2, objects[:, 2:] - objects[:, :2]
+    loc = torch.cat(
+        [
+            (centres - default_boxes[:, :2]) / default_boxes[:, 2:] / 0.1,
+            (sizes / default_boxes[:, 2:]).log() / 0.2,
+        ],
+        dim=1,
+    )
+    return loc, labels[matched] * (best > 0.5)
+
+
+def plain_sample(path, boxes, labels, default_boxes, rng):
+    """Read, crop, flip, resize, colours, tensor, encode."""
+    image = Image.open(path).convert("RGB")
+    patch = sample_patch(boxes, rng)
+    if patch is not None:
+        left, top = patch[0] * image.width, patch[1] * image.height
+        image = image.crop((left, top, patch[2] * image.width, patch[3] * image.height))
+        inside = ((boxes[:, :2] + boxes[:, 2:]) / 2 > patch[:2]).all(axis=1)
+        inside &= ((boxes[:, :2] + boxes[:, 2:]) / 2 < patch[2:]).all(axis=1)
+        origin, side = np.tile(patch[:2], 2), np.tile(patch[2:] - patch[:2], 2)
+        boxes, labels = ((boxes[inside] - origin) / side).clip(0, 1), labels[inside]
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image = PLAIN_COLOURS(image.resize((300, 300), Image.Resampling.BILINEAR))
+    boxes, labels = torch.tensor(boxes, dtype=torch.float32), torch.tensor(labels)
+    return PLAIN_PIXELS(image), *plain_encode(default_boxes, boxes, labels)
+
+
+def plain_nms(boxes, scores, threshold):
+    """Indices of the boxes kept; greedy, a box at a time."""
+    order, keep = scores.argsort(descending=True), []
+    while len(order):
+        keep.append(order[0])
+        order = order[1:][box_iou(boxes[order[:1]], boxes[order[1:]])[0] <= threshold]
+    return torch.stack(keep)
+
+
+def plain_decode(default_boxes, loc, cls_logits):
+    """Detections of a batch, image by image and class by class."""
+    found = []
+    for offsets, scores in zip(loc, cls_logits.softmax(dim=2), strict=True):
+        centres = default_boxes[:, :2] + offsets[:, :2] * 0.1 * default_boxes[:, 2:]
+        sizes = default_boxes[:, 2:] * (offsets[:, 2:] * 0.2).exp()
+        boxes = plain_corners(torch.cat([centres, sizes], dim=1))
+        rows = [torch.zeros(0, 6)]
+        for label in range(1, scores.shape[1]):
+            candidates = (scores[:, label] > 0.01).nonzero()[:, 0]
+            candidates = candidates[scores[candidates, label].argsort(descending=True)[:200]]
+            if len(candidates):
+                keep = candidates[plain_nms(boxes[candidates], scores[candidates, label], 0.5)]
+                columns = boxes[keep].clamp(0, 1), scores[keep, label, None]
+                rows.append(torch.cat([*columns, torch.full((len(keep), 1), label)], dim=1))
+        rows = torch.cat(rows)
+        found.append(rows[rows[:, 4].argsort(descending=True)[:200]])
+    return found
+
+
+def plain_loss(loc, cls_logits, loc_targets, cls_targets):
+    """The MultiBox loss, hard negatives found with two full sorts."""
+    matched = cls_targets > 0
+    loc_loss = F.smooth_l1_loss(loc[matched], loc_targets[matched], reduction="sum")
+    losses = F.cross_entropy(cls_logits.transpose(1, 2), cls_targets, reduction="none")
+    _, order = losses.masked_fill(matched, 0).sort(dim=1, descending=True)
+    _, rank = order.sort(dim=1)
+    hardest = rank < 3 * matched.sum(dim=1, keepdim=True)
+    return (loc_loss + losses[matched | hardest].sum()) / matched.sum().clamp(min=1)
+
+
+# Measuring
+
+
+def seconds(action):
+    """Of one call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(stage, images, plain, ours, repeats, limit=None):
+    """Print a row: medians of alternating calls, so that both meet the same machine."""
+    plain(), ours()
+    pairs = [(seconds(plain), seconds(ours)) for _ in range(repeats)]
+    before, now = np.median(pairs, axis=0)
+    share = f"{limit / now:6.0%}" if limit else "     -"
+    print(
+        f"{stage:42} {1e3 * before:9.1f} {1e3 * now:9.1f} {images / now:9.1f}"
+        f" {before / now:7.2f}x {share}",
+        flush=True,
+    )
+
+
+def peak(dtype, device):
+    """Floating point operations a second of a large matrix product."""
+    a, b = (torch.randn(2048, 2048).to(device, dtype) for _ in range(2))
+    a @ b
+    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(7))
+
+
+def operations(network, images):
+    """Floating point operations of a forward pass."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(images)
+    return counter.get_total_flops()
+
+
+def scores_like(objects):
+    """Outputs (1, 8732, 4), (1, 8732, 81) as of a trained SSD that sees so many objects."""
+    default_boxes = make_default_boxes("ssd")
+    generator = torch.Generator().manual_seed(0)
+    loc = torch.randn(1, len(default_boxes), 4, generator=generator)
+    logits = torch.randn(1, len(default_boxes), CLASSES, generator=generator)
+    logits[..., 0] += 9
+    for n in range(objects):  # each is seen by the default boxes about it, some of them surely
+        centre = torch.rand(2, generator=generator)
+        near = (default_boxes[:, :2] - centre).norm(dim=1) < 0.06
+        logits[0, near, 1 + n % (CLASSES - 1)] += 6 + 4 * torch.rand(
+            int(near.sum()), generator=generator
+        )
+    return loc, logits
+
+
+def network_of(name, device):
+    """Random weights that, like trained ones, take nearly every default box for background."""
+    torch.manual_seed(0)
+    network = build_model(name, CLASSES, pretrained_backbone=False).to(device).eval()
+    heads = [head if hasattr(head, "bias") else head[-1] for head in network.conf]
+    with torch.no_grad():
+        for head in heads:
+            head.bias.view(CLASSES, -1)[0] += 8
+    return network
+
+
+# Stages
+
+
+def inference(args, device, limit, name, batch):
+    """A forward pass, and the whole call from pixels to detections."""
+    network, default_boxes = network_of(name, device), make_default_boxes(name)
+    names, ids = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
+    detector = Detector(network, name, names, ids, device, args.amp)
+    images = torch.randn(batch, 3, 300, 300, device=device)
+    fast = images.to(detector.dtype, memory_format=torch.channels_last)
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(batch)]
+
+    def plain():
+        resized = [Image.fromarray(p).resize((300, 300), Image.Resampling.BILINEAR) for p in pixels]
+        loc, logits = network(torch.stack([PLAIN_PIXELS(p) for p in resized]).to(device))
+        plain_decode(default_boxes, loc.cpu(), logits.cpu())
+
+    with torch.inference_mode():
+        compare(
+            f"{name} forward, batch {batch}",
+            batch,
+            lambda: network(images),
+            lambda: detector.model(fast),
+            args.repeats,
+            operations(network, images) / limit,
+        )
+        compare(
+            f"{name} pixels to detections, batch {batch}",
+            batch,
+            plain,
+            lambda: detector(pixels),
+            args.repeats,
+        )
+
+
+def decoding(args, stage, loc, cls_logits):
+    """From the network's output to boxes."""
+    default_boxes = make_default_boxes("ssd")
+    encoder = Encoder(default_boxes)
+    compare(
+        f"decode, {stage}",
+        1,
+        lambda: plain_decode(default_boxes, loc, cls_logits),
+        lambda: encoder.decode(loc, cls_logits),
+        args.repeats,
+    )
+
+
+def sample(args, folder, width, height):
+    """A training sample from a JPEG of so many pixels, on one core."""
+    default_boxes = make_default_boxes("ssd")
+    encoder = Encoder(default_boxes)
+    boxes = np.array([[0.1, 0.2, 0.5, 0.7], [0.4, 0.4, 0.9, 0.9]], np.float32)
+    labels = np.array([1, 2])
+    path = folder / "sample.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    picture.save(path, quality=80)
+    draws, again = np.random.default_rng(0), np.random.default_rng(0)
+
+    def ours():
+        image, found, kept = augment(read_image(path), boxes, labels, again)
+        encoder.encode(torch.from_numpy(found), torch.from_numpy(kept))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    compare(
+        f"training sample, {width}x{height}, {path.stat().st_size // 1000} kB, one core",
+        1,
+        lambda: plain_sample(path, boxes, labels, default_boxes, draws),
+        ours,
+        10 * args.repeats,
+    )
+    torch.set_num_threads(threads)
+
+
+def training(args, device, name):
+    """A step with a batch of 8, and the loss alone."""
+    network = network_of(name, device).train()
+    fast = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    encoder, criterion = Encoder(make_default_boxes(name)), MultiBoxLoss()
+    targets = encoder.encode(torch.tensor([[0.2, 0.2, 0.7, 0.8]]), torch.tensor([3]))
+    targets = [t.expand(8, *t.shape).to(device) for t in targets]
+    pixels = torch.randint(0, 256, (8, 300, 300, 3), dtype=torch.uint8, device=device)
+    images = torch.randn(8, 3, 300, 300, device=device)
+    sgd = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
+    slow_sgd = torch.optim.SGD(network.parameters(), foreach=False, **sgd)
+    fast_sgd = torch.optim.SGD(fast.parameters(), fused=True, **sgd)
+    scaler = torch.amp.GradScaler(device, enabled=args.amp and device == "cuda")
+
+    def plain():
+        loss = plain_loss(*network(images), *targets)
+        slow_sgd.zero_grad()
+        loss.backward()
+        slow_sgd.step()
+        loss.item()
+
+    def ours():
+        with torch.autocast(device, enabled=args.amp):
+            outputs = fast(normalize(pixels))
+        losses = criterion(*outputs, *targets)
+        fast_sgd.zero_grad()
+        scaler.scale(sum(losses)).backward()
+        scaler.step(fast_sgd)
+        scaler.update()
+
+    compare(f"{name} training step, batch 8", 8, plain, ours, min(args.repeats, 5))
+    outputs = [torch.randn(*targets[1].shape, n, device=device) for n in (4, CLASSES)]
+    compare(
+        f"{name} loss, batch 8",
+        8,
+        lambda: plain_loss(*outputs, *targets),
+        lambda: criterion(*outputs, *targets),
+        args.repeats,
+    )
+
+
+def validation(args, device, folder):
+    """A whole set: pictures in, COCO figures out."""
+    shapes.make_dataset(folder, train=0, val=args.pictures)
+    data = CocoDataset(folder, "val2017")
+    truth = ground_truth(data.annotation_file)
+    network = network_of("ssdlite", device)
+    names = [*data.classes, *map(str, range(CLASSES - len(data.classes)))]
+    ids = [*data.category_ids, *range(100, 100 + CLASSES - len(data.classes))]
+    default_boxes = make_default_boxes("ssdlite")
+
+    @torch.inference_mode()
+    def plain():
+        rows = []
+        for index in range(len(data)):
+            image = Image.open(data.path(index)).convert("RGB")
+            pixels = PLAIN_PIXELS(image.resize((300, 300), Image.Resampling.BILINEAR))
+            loc, logits = network(pixels[None].to(device))
+            (found,) = plain_decode(default_boxes, loc.cpu(), logits.cpu())
+            for x1, y1, x2, y2, score, label in found.tolist():
+                box = x1 * image.width, y1 * image.height, x2 * image.width, y2 * image.height
+                box = box[0], box[1], box[2] - box[0], box[3] - box[1]
+                rows.append([data.image_ids[index], *box, score, ids[int(label) - 1]])
+        coco_metrics(truth, coco_results(np.array(rows).reshape(-1, 7)))
+
+    def ours():
+        loader = DataLoader(data, 8, num_workers=2)
+        detector = Detector(network, "ssdlite", names, ids, device, args.amp)
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            evaluate(detector, loader, truth)
+
+    compare(f"ssdlite validation of {len(data)} pictures", len(data), plain, ours, 3)
+
+
+def main():
+    """Print the table."""
+    args = parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = torch.get_autocast_dtype(device) if args.amp else torch.float32
+    limit = peak(half, device)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"matrix products: {limit / 1e9:.0f} GFLOP/s in {half}; times in ms\n")
+    print(f"{'stage':42} {'plain':>9} {'ours':>9} {'images/s':>9} {'ratio':>8} of limit")
+    with tempfile.TemporaryDirectory() as folder:
+        for size in ((640, 480), (1632, 1224), (4000, 3000)):
+            sample(args, Path(folder), *size)
+        for objects in (5, 30):
+            decoding(args, f"trained, {objects} objects", *scores_like(objects))
+        decoding(args, "untrained", *(0.3 * torch.randn(1, 8732, n) for n in (4, CLASSES)))
+        for name, batch in (("ssd", 1), ("ssdlite", 1), ("ssdlite", 8)):
+            inference(args, device, limit, name, batch)
+        for name in ("ssd", "ssdlite"):
+            training(args, device, name)
+        validation(args, device, folder)
+
+
+if __name__ == "__main__":
+    usage.run(main)
