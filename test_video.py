@@ -93,7 +93,8 @@ def main():
     writer.release()
     if lines:
         lines.close()
-    print(f"{number} frames -> {output}")
+    cut = f" (the file promises {total}: it seems cut)" if number < (total or 0) else ""
+    print(f"{number} frames -> {output}{cut * (not stopped)}")
 
 
 if __name__ == "__main__":

@@ -304,12 +304,49 @@ def test_a_published_checkpoint_is_no_training_to_go_on_with(shapes, tmp_path):
 
 def run_here(monkeypatch, script, *options):
     """Run a script in this process, which takes no seconds to start; its exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
     monkeypatch.setattr(atexit, "register", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as end:
+    try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    return end.value.code
+    except SystemExit as end:
+        return end.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def test_damaged_videos(trained, tmp_path, monkeypatch, capfd):
+    make_video(tmp_path / "whole.avi", 8)
+    make_video(tmp_path / "whole.mp4", 8, "mp4v")
+    make_video(tmp_path / "empty.avi", 0)
+    whole = (tmp_path / "whole.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:900])
+    still = bytearray(whole)  # frame rate 0: in AVI's main header and in that of the stream
+    main, stream = still.index(b"avih"), still.index(b"strh")
+    still[main + 8 : main + 12] = still[stream + 32 : stream + 36] = bytes(4)
+    (tmp_path / "still.avi").write_bytes(still)
+    model = ["--pretrained-model", trained / "ssdlite.pth", "--cls-threshold", "0.9"]
+
+    def outcome(name):
+        output = tmp_path / f"{name}_out.mp4"
+        options = ["--input", tmp_path / name, "--output", output, *model]
+        status, said = run_here(monkeypatch, "test_video.py", *options), capfd.readouterr()
+        assert "Traceback" not in said.err
+        video = cv2.VideoCapture(str(output))
+        frames, rate = video.get(cv2.CAP_PROP_FRAME_COUNT), video.get(cv2.CAP_PROP_FPS)
+        return status, frames, rate, said.out + said.err
+
+    status, frames, _, said = outcome("cut.avi")
+    assert status == 0 and 0 < frames < 8 and "promises 8" in said
+    status, frames, rate, said = outcome("still.avi")
+    assert (status, frames) == (0, 8) and rate > 0 and "promises" not in said
+    for name in ("cut.mp4", "empty.avi"):
+        status, _, _, said = outcome(name)
+        assert status == 2 and said.count("error: ") == 1 and name in said
 
 
 @pytest.mark.parametrize(
