@@ -65,7 +65,7 @@ def draw_item(rng, width, height, crowd):
     category, side = int(rng.choice(list(CATEGORIES))), min(width, height)
     name = CATEGORIES[category]
     if not crowd:
-        size = 0.1 * 7 ** (rng.random() ** 0.27) * side
+        size = 0.1 * 7 ** (rng.random() ** 0.22) * side
         x, y = rng.uniform(0.35 * size, (width - 0.35 * size, height - 0.35 * size))
         part = place_shape(rng, name, size, x, y)
         return Item(category, [part], part)
