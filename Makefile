@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(PYTHON) -m src.shapes demo/shapes --train 650 --val 100 --seed 0
 	rm -rf $(RUN)
 	$(KEEP_MEMORY) $(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone \
-	  --epochs 8 --multistep 7 --batch-size 4 --lr 0.06 --num-workers 2 \
+	  --epochs 6 --multistep 5 --batch-size 4 --lr 0.06 --num-workers 2 \
 	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
 	$(PYTHON) test_dataset.py --data-path demo/shapes --pretrained-model $(RUN)/ssdlite_best.pth \
 	  --num-workers 2 --output demo/predictions
