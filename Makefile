@@ -1,4 +1,4 @@
-# make demo   train SSDLite on the sample data set and draw what it finds (ten minutes on two CPU cores)
+# make demo   train SSDLite on the sample data set and draw what it finds (nine minutes on two CPU cores)
 # make test   ruff and pytest
 
 PYTHON = .venv/bin/python
