@@ -25,17 +25,16 @@ from torchvision import transforms
 from torchvision.ops import box_iou
 
 from src import shapes, usage
-from src.boxes import Encoder, make_default_boxes
+from src.boxes import Encoder, make_default_boxes, to_corners
 from src.dataset import CocoDataset, ground_truth
 from src.detector import Detector
-from src.engine import coco_metrics, coco_results, evaluate
+from src.engine import coco_metrics, coco_results, evaluate, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.transform import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     augment,
-    normalize,
     read_image,
     sample_patch,
 )
@@ -60,14 +59,9 @@ def parse_args():
 # The plain way
 
 
-def plain_corners(boxes):
-    """(N, 4) cxcywh -> xyxy."""
-    return torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)
-
-
 def plain_encode(default_boxes, boxes, labels):
     """Targets of objects, with the whole (D, G) table of overlaps."""
-    overlaps = box_iou(plain_corners(default_boxes), boxes)
+    overlaps = box_iou(to_corners(default_boxes), boxes)
     best, matched = overlaps.max(dim=1)
     for g, d in enumerate(overlaps.argmax(dim=0)):
         matched[d], best[d] = g, 1.0
@@ -116,7 +110,7 @@ def plain_decode(default_boxes, loc, cls_logits):
     for offsets, scores in zip(loc, cls_logits.softmax(dim=2), strict=True):
         centres = default_boxes[:, :2] + offsets[:, :2] * 0.1 * default_boxes[:, 2:]
         sizes = default_boxes[:, 2:] * (offsets[:, 2:] * 0.2).exp()
-        boxes = plain_corners(torch.cat([centres, sizes], dim=1))
+        boxes = to_corners(torch.cat([centres, sizes], dim=1))
         rows = [torch.zeros(0, 6)]
         for label in range(1, scores.shape[1]):
             candidates = (scores[:, label] > 0.01).nonzero()[:, 0]
@@ -293,7 +287,8 @@ def training(args, device, name):
     encoder, criterion = Encoder(make_default_boxes(name)), MultiBoxLoss()
     targets = encoder.encode(torch.tensor([[0.2, 0.2, 0.7, 0.8]]), torch.tensor([3]))
     targets = [t.expand(8, *t.shape).to(device) for t in targets]
-    pixels = torch.randint(0, 256, (8, 300, 300, 3), dtype=torch.uint8, device=device)
+    pixels = torch.randint(0, 256, (8, 300, 300, 3), dtype=torch.uint8)
+    batch = (pixels, *targets, torch.arange(8))
     images = torch.randn(8, 3, 300, 300, device=device)
     sgd = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
     slow_sgd = torch.optim.SGD(network.parameters(), foreach=False, **sgd)
@@ -308,13 +303,11 @@ def training(args, device, name):
         loss.item()
 
     def ours():
-        with torch.autocast(device, enabled=args.amp):
-            outputs = fast(normalize(pixels))
-        losses = criterion(*outputs, *targets)
-        fast_sgd.zero_grad()
-        scaler.scale(sum(losses)).backward()
-        scaler.step(fast_sgd)
-        scaler.update()
+        epoch = train_one_epoch(
+            fast, [batch], criterion, fast_sgd, scaler, 0, 0, lambda *_: 1e-4, args.amp
+        )
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            list(epoch)
 
     compare(f"{name} training step, batch 8", 8, plain, ours, min(args.repeats, 5))
     outputs = [torch.randn(*targets[1].shape, n, device=device) for n in (4, CLASSES)]

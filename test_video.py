@@ -93,8 +93,8 @@ def main():
     writer.release()
     if lines:
         lines.close()
-    cut = f" (the file promises {total}: it seems cut)" if number < (total or 0) else ""
-    print(f"{number} frames -> {output}{cut * (not stopped)}")
+    cut = number < (total or 0) and not stopped
+    print(f"{number} frames -> {output}" + f" (the file promises {total}: it seems cut)" * cut)
 
 
 if __name__ == "__main__":

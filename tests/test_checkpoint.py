@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import same
 
 from src import checkpoint
 from src.checkpoint import fine_tune_from, load_checkpoint, model_of, save_checkpoint
@@ -49,15 +50,6 @@ def state_of(model, classes=CLASSES):
         "category_ids": [2, 44],
         "args": {"lr": 0.1, "multistep": [43, 54], "save_every": None, "model": "ssdlite"},
     }
-
-
-def same(a, b):
-    """Equality of nested dicts and lists with tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return a == b
 
 
 # Ours

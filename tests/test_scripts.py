@@ -3,7 +3,6 @@
 import atexit
 import json
 import math
-import os
 import runpy
 import shutil
 import signal
@@ -16,15 +15,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from runs import ENV, ROOT, TORCHRUN, scalars
 
 from src.dataset import TrainSampler
 from src.engine import METRICS
 from src.shapes import make_dataset
 from src.transform import read_image
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--no-pretrained-backbone", "--batch-size", "4", "--num-workers", "0"]
 
 
@@ -51,12 +48,6 @@ def train(shapes, folder, *options, launcher=(), status=0):
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def scalars(folder):
-    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    log.Reload()
-    return {tag: log.Scalars(tag) for tag in log.Tags()["scalars"]}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +100,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        TORCHRUN,
         ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master-port=29612"],
     ],
     ids=["torchrun", "launch"],
@@ -243,8 +234,7 @@ def test_a_broken_picture_is_named_when_it_is_reached_and_nothing_is_lost(
 def test_a_broken_picture_of_the_second_process_loses_nothing_either(shapes, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shapes, broken)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    train(broken, tmp_path, "--batch-size", 2, "--epochs", 1, launcher=launcher)
+    train(broken, tmp_path, "--batch-size", 2, "--epochs", 1, launcher=TORCHRUN)
     best_map = load(tmp_path / "ssdlite.pth")["best_map"]
     sampler = TrainSampler(12, batch_size=2, rank=1, world_size=2, seed=123)
     sampler.start(epoch=1)
@@ -252,7 +242,7 @@ def test_a_broken_picture_of_the_second_process_loses_nothing_either(shapes, tmp
     picture = sorted((broken / "train2017").glob("*.jpg"))[last[0][1]]
     picture.write_bytes(picture.read_bytes()[:-2000])
     options = ["--batch-size", 2, "--epochs", 2]
-    done = train(broken, tmp_path, *options, launcher=launcher, status=1)
+    done = train(broken, tmp_path, *options, launcher=TORCHRUN, status=1)
     assert str(picture) in done.stderr
     state = load(tmp_path / "ssdlite.pth")
     assert (state["epoch"], state["samples_seen"], state["best_map"]) == (1, 8, best_map)
