@@ -11,9 +11,11 @@ import multiprocessing
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -21,14 +23,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from src import distributed, usage
-from src.boxes import Encoder, make_default_boxes
+from src.boxes import INPUT_SIZE, Encoder, make_default_boxes
 from src.checkpoint import fill, fine_tune_from, load_checkpoint, save_checkpoint
 from src.dataset import CocoDataset, TrainSampler, ground_truth
 from src.detector import Detector
-from src.engine import evaluate, metrics_table, train_one_epoch
+from src.engine import METRICS, evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.usage import UnreadablePicture, UserError
+from src.visualize import draw_detections
 
 
 def parse_args():
@@ -107,7 +110,7 @@ def say(text):
 
 
 def stop_on_signals():
-    """Return a function that gives the signal which asked to stop, or None.
+    """Return a list that fills with the signals which ask to stop.
 
     Ctrl-C and SIGTERM wait for the step under way; a second Ctrl-C leaves at once.
     """
@@ -119,7 +122,7 @@ def stop_on_signals():
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
-    return lambda: received[0] if received else None
+    return received
 
 
 def start_worker(worker):
@@ -258,6 +261,55 @@ def write(log, group, figures, step):
         log.flush()
 
 
+def write_pictures(log, detector, val_set, step, count=4):
+    """Show the first validation pictures in TensorBoard: what is found, and beside it the truth."""
+    indices = range(min(count, len(val_set)))
+    images = [val_set[index][0] for index in indices]  # at the network's size
+    sizes = torch.full((len(images), 2), INPUT_SIZE)
+    found = detector.detect_resized(torch.from_numpy(np.stack(images)), sizes, score_threshold=0.3)
+    for index, image, one in zip(indices, images, found, strict=True):
+        boxes, labels = val_set.objects(index)
+        drawn = draw_detections(image, **one, classes=detector.classes)
+        truth = draw_detections(image, boxes * INPUT_SIZE, labels, None, detector.classes)
+        log.add_image(f"Test/Picture_{index}", np.hstack([drawn, truth]), step, dataformats="HWC")
+
+
+def learning_rate(args, iterations, world_size, epoch, iteration):
+    """Linear warm-up within the first epoch; x0.1 after each of the multistep epochs."""
+    lr = args.lr * args.batch_size * world_size / 32
+    warmup = max(1, min(args.warmup, iterations))
+    lr *= min(1, (epoch * iterations + iteration + 1) / warmup)
+    return lr * 0.1 ** sum(epoch >= last for last in args.multistep)
+
+
+def save(file, run, network, optimizer, scaler, by=0):
+    """Write the checkpoint from process `by`; UserError if a weight is not finite."""
+    if not all(values.isfinite().all() for values in network.state_dict().values()):
+        raise UserError(
+            f"weights not finite in epoch {run['epoch'] + 1} after {run['samples_seen']} pictures,"
+            f" so not saved: lower --lr; {file} is as it was"
+        )
+    if distributed.rank() == by:
+        weights = {
+            "model_state_dict": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        save_checkpoint(file, run | weights)
+
+
+def told_to_stop(received):
+    """Whether any process was; all of them ask at the same steps."""
+    return distributed.total([float(bool(received))])[0] > 0
+
+
+def leave(file, received):
+    """End the run, saved to `file`, as a process ends that a signal has stopped."""
+    say(f"stopped; saved {file}, the same command goes on from there")
+    distributed.tear_down()
+    sys.exit(128 + (received or [signal.SIGTERM])[0])
+
+
 def main():
     """Seed, data, model, resume, then train and evaluate epoch by epoch."""
     args = parse_args()
@@ -276,109 +328,75 @@ def main():
     train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out)
     val_set = CocoDataset(args.data_path, args.val_set)
     look_over(train_set, val_set)
+    classes, category_ids = train_set.classes, train_set.category_ids
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
     iterations = len(sampler)  # in an epoch
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     truth = ground_truth(val_set.annotation_file) if rank == 0 else None
 
     # Model, and where a stopped run goes on
-    checkpoint_file = Path(args.save_folder) / f"{args.model}.pth"
-    state = find_stopped_run(checkpoint_file, options)
-    network = start_network(args, state, train_set.classes)
+    latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
+    state = find_stopped_run(latest, options)
+    network = start_network(args, state, classes)
     network = network.to(device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network) if world_size > 1 else network
     criterion = MultiBoxLoss()
     optimizer = make_optimizer(network, args, state)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
-    first_epoch, samples_seen, best_map = 0, 0, -1.0
-    if state:
-        if state["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-        first_epoch, samples_seen = state["epoch"], state["samples_seen"]
-        best_map = state["best_map"]
+    if state and state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    run = {"epoch": 0, "samples_seen": 0, "best_map": -1.0}  # finished; of the next one; so far
+    run = {key: state[key] if state else start for key, start in run.items()}
+    run |= {"model": args.model, "classes": classes, "category_ids": category_ids, "args": options}
+    everything = run, network, optimizer, scaler  # what a checkpoint holds
     per_step = args.batch_size * world_size
-    log = open_log(args, first_epoch * iterations + samples_seen // per_step, samples_seen)
+    first_step = run["epoch"] * iterations + run["samples_seen"] // per_step
+    log = open_log(args, first_step, run["samples_seen"])
 
-    def learning_rate(epoch, iteration):
-        """Linear warm-up within the first epoch; x0.1 after each of the multistep epochs."""
-        lr = args.lr * per_step / 32 * 0.1 ** sum(epoch >= last for last in args.multistep)
-        warmup = min(args.warmup, iterations)
-        return lr * min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
-
-    def save(name, epoch, samples_seen, by=0):
-        if not all(values.isfinite().all() for values in network.state_dict().values()):
-            raise UserError(
-                f"weights not finite in epoch {epoch + 1} after {samples_seen} pictures, so not"
-                f" saved: lower --lr; {checkpoint_file} is as it was"
-            )
-        if rank == by:
-            state = {
-                "model": args.model,
-                "model_state_dict": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "epoch": epoch,
-                "samples_seen": samples_seen,
-                "best_map": best_map,
-                "classes": train_set.classes,
-                "category_ids": train_set.category_ids,
-                "args": options,
-            }
-            save_checkpoint(Path(args.save_folder) / name, state)
-
-    def told_to_stop():
-        """Whether any process was."""
-        return distributed.total([float(bool(stopping()))])[0] > 0
-
-    def leave():
-        say(f"stopped; saved {checkpoint_file}, the same command goes on from there")
-        distributed.tear_down()
-        sys.exit(128 + (stopping() or signal.SIGTERM))
-
-    stopping = stop_on_signals()
-    for epoch in range(first_epoch, args.epochs):
-        sampler.start(epoch, samples_seen)
-        first_iteration = samples_seen // per_step
+    received = stop_on_signals()
+    for epoch in range(run["epoch"], args.epochs):
+        sampler.start(epoch, run["samples_seen"])
         steps = train_one_epoch(
-            model, train_loader, criterion, optimizer, scaler, epoch, first_iteration,
-            learning_rate, args.amp,
+            model, train_loader, criterion, optimizer, scaler, epoch,
+            run["samples_seen"] // per_step, partial(learning_rate, args, iterations, world_size),
+            args.amp,
         )  # fmt: skip
         try:
             for iteration, figures in steps:
-                samples_seen += per_step
+                run["samples_seen"] += per_step
                 if figures:
                     write(log, "Train", figures, epoch * iterations + iteration)
                 if args.save_every and (iteration + 1) % args.save_every == 0:
-                    save(checkpoint_file.name, epoch, samples_seen)
+                    save(latest, *everything)
                 # GPUs run ahead of their processes; to agree at each step would hold them.
                 agree = figures or world_size == 1 or device.type == "cpu"
-                if agree and told_to_stop():
-                    save(checkpoint_file.name, epoch, samples_seen)
-                    leave()
+                if agree and told_to_stop(received):
+                    save(latest, *everything)
+                    leave(latest, received)
         except UnreadablePicture:  # whichever process meets it: all have the same parameters
-            save(checkpoint_file.name, epoch, samples_seen, by=rank)
+            save(latest, *everything, by=rank)
             raise
-        save(checkpoint_file.name, epoch, samples_seen)  # evaluation may take its time
+        save(latest, *everything)  # evaluation may take its time
         distributed.share_buffers(network)
-        detector = Detector(
-            network, args.model, train_set.classes, train_set.category_ids, device, args.amp
-        )
+        detector = Detector(network, args.model, classes, category_ids, device, args.amp)
         evaluation = evaluate(detector, val_loader, truth, args.nms_threshold)
-        samples_seen = 0
+        mean_ap = 0.0
         if rank == 0:
             metrics, _ = evaluation
+            mean_ap = metrics["AP"]
             say(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
-            metrics.pop("per_class")
-            metrics["mAP"] = metrics.pop("AP")
-            write(log, "Test", metrics, (epoch + 1) * iterations)
-        (mean_ap,) = distributed.total([metrics["mAP"] if rank == 0 else 0.0])  # known to all
-        if mean_ap >= best_map:
-            best_map = mean_ap
-            save(f"{args.model}_best.pth", epoch + 1, 0)
-        save(checkpoint_file.name, epoch + 1, 0)
-        if told_to_stop():
-            leave()
-    say(f"{args.epochs} epochs done: {checkpoint_file}, best mAP {best_map:.3f}")
+            figures = {"mAP" if name == "AP" else name: metrics[name] for name in METRICS}
+            write_pictures(log, detector, val_set, (epoch + 1) * iterations)
+            write(log, "Test", figures, (epoch + 1) * iterations)
+        (mean_ap,) = distributed.total([mean_ap])  # known to all
+        run |= {"epoch": epoch + 1, "samples_seen": 0}
+        if mean_ap >= run["best_map"]:
+            run["best_map"] = mean_ap
+            save(best, *everything)
+        save(latest, *everything)
+        if told_to_stop(received):
+            leave(latest, received)
+    say(f"{args.epochs} epochs done: {latest}, best mAP {run['best_map']:.3f}")
     distributed.tear_down()
 
 

@@ -32,9 +32,11 @@ def train_one_epoch(
     device = next(model.parameters()).device
     last = first_iteration + len(loader) - 1
     recent = []  # (losses, image ids) of each step since the last log line
-    clock = time.perf_counter()
+    waited = 0.0  # seconds since then in which there was no batch to work on
+    clock = ready = time.perf_counter()
     bar = tqdm(loader, f"epoch {epoch + 1}", disable=distributed.rank() > 0, leave=False)
     for iteration, (images, loc_targets, cls_targets, ids) in enumerate(bar, first_iteration):
+        waited += time.perf_counter() - ready
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, iteration)
         images = normalize(images.to(device, non_blocking=True))
@@ -62,9 +64,11 @@ def train_one_epoch(
                 "Images_per_second": images_seen / seconds,
             }
             text = "loss {Loss:.3f}, lr {LR:.2e}, {Images_per_second:.1f} images/s"
-            bar.set_postfix_str(text.format(**figures))
-            recent, clock = [], time.perf_counter()
+            data = f", data {waited / len(losses):.3f} of {seconds / len(losses):.3f} s/step"
+            bar.set_postfix_str(text.format(**figures) + data)
+            recent, waited, clock = [], 0.0, time.perf_counter()
         yield iteration, figures
+        ready = time.perf_counter()
 
 
 def mean_figures(losses):

@@ -25,8 +25,9 @@ def draw_detections(image, boxes, labels, scores, classes):
     thickness, size = max(1, round(scale / 250)), max(11, round(scale / 30))
     order = range(len(boxes) - 1, -1, -1)  # the best last, on top
     for k in order:
-        x1, y1, x2, y2 = (round(float(value)) for value in boxes[k])
-        cv2.rectangle(image, (x1, y1), (x2, y2), class_colour(int(labels[k])), thickness)
+        corners = np.round(np.asarray(boxes[k])).astype(int).reshape(2, 2)
+        first, last = corners.clip(0, (width - 1, height - 1)).tolist()  # on the last pixel too
+        cv2.rectangle(image, first, last, class_colour(int(labels[k])), thickness)
     for k in order:
         text = classes[int(labels[k])]
         if scores is not None:

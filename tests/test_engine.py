@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -281,6 +283,21 @@ def test_it_yields_every_step_and_figures_every_ten_and_at_the_last(first, count
         assert figures["Loss"] == pytest.approx(11 * mean)
         assert figures["Images_per_second"] > 0
         start = iteration + 1
+
+
+def test_the_progress_bar_says_how_long_a_step_waits_for_data(capfd):
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.05)
+                yield batch
+
+    for _ in train(Weight(), Slow(batches(20)), constant_losses):
+        time.sleep(0.02)  # saving, say: part of the step, but no waiting
+    waits = re.findall(r"data ([0-9.]+) of ([0-9.]+) s/step", capfd.readouterr().err)
+    assert len(waits) >= 2
+    for data, step in waits:
+        assert 0.05 <= float(data) < float(step) - 0.015  # 9 of 10 steps end within the window
 
 
 def test_every_step_has_its_own_learning_rate_and_gradient():

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from runs import ENV, ROOT, TORCHRUN, scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.dataset import TrainSampler
+from src.dataset import CocoDataset, TrainSampler
 from src.engine import METRICS
 from src.shapes import make_dataset
 from src.transform import read_image
+from src.visualize import class_colour
 
 SMALL = ["--no-pretrained-backbone", "--batch-size", "4", "--num-workers", "0"]
 
@@ -69,6 +71,27 @@ def test_training_leaves_checkpoints_and_a_log(trained):
     assert set(found) == {f"Train/{t}" for t in train_tags} | {f"Test/{t}" for t in test_tags}
     assert [event.step for event in found["Test/mAP"]] == [3, 6]
     assert all(math.isfinite(event.value) for events in found.values() for event in events)
+
+
+def test_the_log_shows_pictures_with_predictions_beside_the_truth(shapes, trained):
+    log = EventAccumulator(str(trained / "log" / "ssdlite"), size_guidance={"images": 0})
+    log.Reload()
+    assert log.Tags()["images"] == [f"Test/Picture_{n}" for n in range(4)]
+    data = CocoDataset(shapes, "val2017")
+    boxes = 0
+    for n in range(4):
+        first, second = log.Images(f"Test/Picture_{n}")
+        assert (first.step, second.step) == (3, 6)
+        image = cv2.imdecode(np.frombuffer(first.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+        assert image.shape == (300, 600, 3)
+        truth = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)[:, 300:]
+        for box, label in zip(*data.objects(n), strict=True):
+            _, top, right, bottom = (300 * box).round().astype(int)
+            edge = truth[top : bottom + 1, min(right, 299)].astype(int)
+            near = abs(edge - class_colour(label)).max(axis=1) < 2  # but where a label covers it
+            assert near.mean() > 0.5
+            boxes += 1
+    assert boxes > 3
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
