@@ -373,7 +373,8 @@ def main():
                 if agree and told_to_stop(received):
                     save(latest, *everything)
                     leave(latest, received)
-        except UnreadablePicture:  # whichever process meets it: all have the same parameters
+        except (UnreadablePicture, OSError):  # a full disk for the log, perhaps
+            # Whichever process meets it: all have the same parameters.
             save(latest, *everything, by=rank)
             raise
         save(latest, *everything)  # evaluation may take its time

@@ -37,8 +37,9 @@ def save_checkpoint(path, state):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         if temporary.is_file():
             temporary.unlink()
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(
-            f"{path}: cannot be written ({error}); what it held before is kept:"
+            f"{path}: cannot be written ({reason}); what it held before is kept:"
             " make room, or give another --save-folder"
         ) from error
 

@@ -1,6 +1,7 @@
 """What a user may ask of a script, and how a script answers when it cannot be done."""
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -69,7 +70,7 @@ def make_writable(option, path, inputs=()):
 
 
 def run(main):
-    """Call `main`; a UserError becomes one line on standard error and exit status 2.
+    """Call `main`; a UserError or a full disk becomes one line on standard error and status 2.
 
     Ctrl-C, where a script does not see to it itself, ends it with status 130.
     """
@@ -80,6 +81,11 @@ def run(main):
     except UserError as error:
         # From a loader's worker the error arrives wrapped in that worker's traceback.
         sys.exit(_complain(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "a disk that is written to"
+        sys.exit(_complain(f"{where}: {error.strerror}; make room and start again"))
 
 
 def _complain(message):

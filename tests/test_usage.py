@@ -1,6 +1,8 @@
 """src.usage: options, and what a user sees of a mistake."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -129,7 +131,19 @@ def test_a_users_error_in_a_loaders_worker_is_the_same_line(capfd, workers):
     )
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), SystemExit(130)])
+def test_a_full_disk_is_one_line_and_status_2(capsys):
+    def main():
+        open("/dev/full", "w").write("x" * 10**6)
+
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has a disk that is always full")
+    err = answer(main, capsys)
+    assert "No space left on device" in err and "make room" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("ours"), KeyError("ours"), SystemExit(130), OSError(errno.EIO, "I/O")]
+)
 def test_other_exceptions_pass_through(capsys, error):
     def main():
         raise error
