@@ -52,7 +52,7 @@ def parse_args():
     positive = usage.number(int, 1)
     parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings a stage")
     parser.add_argument("--amp", action="store_true", help="ours in half precision; plain is not")
-    parser.add_argument("--pictures", type=positive, default=24, help="of the validation stage")
+    parser.add_argument("--pictures", type=positive, default=100, help="of the validation stage")
     return parser.parse_args()
 
 

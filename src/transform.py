@@ -163,6 +163,8 @@ def flip(image, boxes):
 def resize(image):
     """(H, W, 3) uint8 -> (300, 300, 3) uint8, bilinear with antialiasing, aspect not kept."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    # A patch is a window into its picture: copied into one piece it is resized twice as fast.
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
     size = (INPUT_SIZE, INPUT_SIZE)
     pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
     return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
@@ -193,9 +195,8 @@ def jitter_colours(image, rng):
 def shift_hue(image, hue):
     """Turn the hue of every pixel by `hue` (in turns)."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue in 0..255
-    table = np.stack([np.arange(256)] * 3, axis=1)
-    table[:, 0] = (table[:, 0] + round(hue * 256)) % 256
-    return cv2.cvtColor(cv2.LUT(hsv, table.astype(np.uint8)[None]), cv2.COLOR_HSV2RGB_FULL)
+    hsv[..., 0] += np.uint8(round(hue * 256) % 256)  # wraps around, as hues do
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def normalize(images):
