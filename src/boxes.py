@@ -140,20 +140,17 @@ class Encoder:
         # before the costly softmax.
         log_threshold = math.log(score_threshold) if score_threshold > 0 else -math.inf
         kept = (logits[:, 1:].amax(1) - logits[:, 0] > log_threshold).nonzero().squeeze(1)
-        scores = logits[kept].softmax(dim=1)[:, 1:].T.contiguous()  # (C - 1, N)
-        scores, order = scores.topk(min(max_detections, len(kept)), dim=1)
+        scores = logits[kept].softmax(dim=1)[:, 1:].T  # (C - 1, N)
+        present = (scores > score_threshold).any(dim=1).nonzero().squeeze(1)  # most classes are not
+        scores, order = scores[present].topk(min(max_detections, len(kept)), dim=1)
         boxes = self._apply_offsets(loc[kept], kept)
         survivors = [(boxes.new_zeros(0, 4), order.new_zeros(0), scores.new_zeros(0))]
         counts = (scores > score_threshold).sum(dim=1).tolist()  # scores are in descending order
-        for label, count in enumerate(counts, start=1):
-            if count > 0:
-                class_boxes, class_scores = (
-                    boxes[order[label - 1, :count]],
-                    scores[label - 1, :count],
-                )
-                keep = nms(class_boxes, class_scores, nms_threshold)
-                labels = torch.full_like(keep, label)
-                survivors.append((class_boxes[keep], labels, class_scores[keep]))
+        for row, (label, count) in enumerate(zip((present + 1).tolist(), counts, strict=True)):
+            class_boxes, class_scores = boxes[order[row, :count]], scores[row, :count]
+            keep = nms(class_boxes, class_scores, nms_threshold)
+            labels = torch.full_like(keep, label)
+            survivors.append((class_boxes[keep], labels, class_scores[keep]))
         boxes, labels, scores = (torch.cat(parts) for parts in zip(*survivors, strict=True))
         scores, best = scores.sort(descending=True, stable=True)
         best = best[:max_detections]
