@@ -1,12 +1,13 @@
 # make demo   train SSDLite on the sample data set and draw what it finds (nine minutes on two CPU cores)
 # make test   ruff and pytest
+# make figures  train longer and make all that is shown in demo/ (AMP=--amp: half precision, if the CPU can)
 
 PYTHON = .venv/bin/python
 RUN = demo/training
 # glibc would hand the memory of each step back to the system, only to ask for it again.
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-.PHONY: demo test
+.PHONY: demo figures test
 
 demo: .venv/installed
 	$(PYTHON) -m src.shapes demo/shapes --train 650 --val 100 --seed 0
@@ -18,6 +19,22 @@ demo: .venv/installed
 	  --num-workers 2 --output demo/predictions
 	@echo "The checkpoint is $(RUN)/ssdlite_best.pth; look at the pictures in demo/predictions,"
 	@echo "and at the curves with: .venv/bin/tensorboard --logdir $(RUN)/tensorboard"
+
+figures: .venv/installed-dev
+	$(PYTHON) -m src.shapes demo/shapes --train 650 --val 100 --seed 0
+	rm -rf $(RUN)
+	$(KEEP_MEMORY) $(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone \
+	  --epochs 14 --multistep 11 13 --batch-size 16 --lr 0.04 $(AMP) --num-workers 1 \
+	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
+	$(PYTHON) demo/slim.py $(RUN)/ssdlite_best.pth demo/ssdlite_shapes.pth
+	$(PYTHON) demo/figures.py --data-path demo/shapes --pretrained-model demo/ssdlite_shapes.pth
+	mkdir -p demo/pictures
+	cp demo/shapes/val2017/000000000160.jpg demo/pictures/1.jpg
+	cp demo/shapes/val2017/000000000178.jpg demo/pictures/2.jpg
+	cp demo/shapes/val2017/000000000152.jpg demo/pictures/3.jpg
+	$(PYTHON) demo/video.py --output $(RUN)/moving.avi
+	$(PYTHON) test_video.py --pretrained-model demo/ssdlite_shapes.pth --input $(RUN)/moving.avi
+	$(PYTHON) demo/video.py --input $(RUN)/moving_prediction.mp4 --output demo/video.gif
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .

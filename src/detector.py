@@ -28,7 +28,7 @@ class Detector:
         model = fold_batch_norm(copy.deepcopy(model).eval())
         self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.encoder = Encoder(make_default_boxes(name).to(self.device))
-        self.classes, self.category_ids = classes, category_ids
+        self.name, self.classes, self.category_ids = name, classes, category_ids
 
     @classmethod
     def load(cls, path, device=None, amp=False):

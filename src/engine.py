@@ -124,8 +124,8 @@ def coco_results(detections):
     ]
 
 
-def coco_metrics(truth, results):
-    """Run pycocotools; return {figure: value, ..., "per_class": {class name: AP}}."""
+def run_coco_eval(truth, results):
+    """Run pycocotools on results in COCO's format; return its COCOeval, summarized."""
     # Not truth.loadRes(results), which raises on an empty list.
     annotations = [
         result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
@@ -137,6 +137,12 @@ def coco_metrics(truth, results):
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
+    return coco_eval
+
+
+def coco_metrics(truth, results):
+    """Return COCO's figures, {figure: value, ..., "per_class": {class name: AP}}."""
+    coco_eval = run_coco_eval(truth, results)
     precision = coco_eval.eval["precision"]  # IoU, recall, class, area, detections
     per_class = {}
     for k, category in enumerate(truth.loadCats(coco_eval.params.catIds)):

@@ -1,0 +1,32 @@
+"""Make a small file of a checkpoint: the weights alone, in half precision, for detection.
+
+python demo/slim.py trained_models/ssdlite_best.pth demo/ssdlite_shapes.pth
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src import usage
+from src.checkpoint import load_checkpoint, save_checkpoint
+
+
+def main():
+    """Read, halve, write."""
+    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="from train.py")
+    parser.add_argument("output", help="file to write")
+    args = parser.parse_args()
+    usage.make_writable("output", args.output, [args.checkpoint])
+    state = load_checkpoint(args.checkpoint)
+    slim = {key: state[key] for key in ("model", "classes", "category_ids")}
+    weights = state["model_state_dict"].items()
+    slim["model_state_dict"] = {
+        name: values.half() if values.is_floating_point() else values for name, values in weights
+    }
+    save_checkpoint(Path(args.output), slim)
+
+
+if __name__ == "__main__":
+    usage.run(main)
