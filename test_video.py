@@ -6,6 +6,7 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -58,7 +59,7 @@ def open_writer(path, fps, frame):
 
 
 def main():
-    """Read, detect, draw, write, frame by frame."""
+    """Read, detect, draw, write, frame by frame; nothing is kept that grows with the video."""
     args = parse_args()
     video, frame = open_video(args.input)
     default = Path(args.input).with_name(f"{Path(args.input).stem}_prediction.mp4")
@@ -78,17 +79,21 @@ def main():
         signal.signal(number, lambda *_: stopped.append(True))
     total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
     bar, number, ok = tqdm(total=total, unit="frame", leave=False), 0, True
-    while ok and not stopped:
-        image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        found = detector([image], args.cls_threshold, args.nms_threshold)[0]
-        drawn = draw_detections(image, **found, classes=detector.classes)
-        writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
-        if lines:
-            entry = {"frame": number} | record(image, found, detector.classes)
-            lines.write(json.dumps(entry) + "\n")
-        number += 1
-        bar.update()
-        ok, frame = video.read()
+    with ThreadPoolExecutor() as pool:  # reads the next frame and writes the last meanwhile
+        writing = pool.submit(lambda: None)
+        while ok and not stopped:
+            reading = pool.submit(video.read)
+            image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            found = detector([image], args.cls_threshold, args.nms_threshold)[0]
+            drawn = draw_detections(image, **found, classes=detector.classes)
+            writing.result()
+            writing = pool.submit(writer.write, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+            if lines:
+                entry = {"frame": number} | record(image, found, detector.classes)
+                lines.write(json.dumps(entry) + "\n")
+            number += 1
+            bar.update()
+            ok, frame = reading.result()
     bar.close()
     writer.release()
     if lines:
