@@ -330,6 +330,7 @@ def validation(args, device, folder, name):
     names = [*data.classes, *map(str, range(CLASSES - len(data.classes)))]
     ids = [*data.category_ids, *range(100, 100 + CLASSES - len(data.classes))]
     default_boxes = make_default_boxes(name)
+    loader = DataLoader(data, 8, num_workers=2, persistent_workers=True)  # as train.py has it
 
     @torch.inference_mode()
     def plain():
@@ -346,7 +347,6 @@ def validation(args, device, folder, name):
         coco_metrics(truth, coco_results(np.array(rows).reshape(-1, 7)))
 
     def ours():
-        loader = DataLoader(data, 8, num_workers=2)
         detector = Detector(network, name, names, ids, device, args.amp)
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             evaluate(detector, loader, truth)
