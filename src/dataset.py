@@ -1,6 +1,7 @@
 """COCO annotations -> samples, and the sampler that gives each process its share of an epoch."""
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -17,6 +18,18 @@ from src.transform import augment, picture_size, read_image, resize
 from src.usage import UnreadablePicture, UserError
 
 
+@contextlib.contextmanager
+def no_garbage_collection():
+    """Millions of objects are made here, none is garbage: do not search them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CocoDataset(Dataset):
     """Pictures and boxes of DATA_PATH/annotations/instances_SET.json and DATA_PATH/SET/.
 
@@ -27,6 +40,7 @@ class CocoDataset(Dataset):
     `classes` are the names, index 0 "background"; label k is COCO category `category_ids[k - 1]`.
     """
 
+    @no_garbage_collection()
     def __init__(self, data_path, set_name, encoder=None, seed=0, zoom_out=False):
         self.folder = Path(data_path) / set_name
         self.annotation_file = annotation_file(data_path, set_name)
@@ -57,9 +71,9 @@ class CocoDataset(Dataset):
         boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
         rows = np.searchsorted(self.image_ids, ids)
         order = np.argsort(rows, kind="stable")
-        sizes = np.tile(self.sizes[rows], 2)
         boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
-        self.boxes = (boxes / sizes).astype(np.float32)[order]
+        boxes /= np.tile(self.sizes[rows], 2)
+        self.boxes = boxes.astype(np.float32)[order]
         self.labels = (np.searchsorted(self.category_ids, labels) + 1)[order]
         self.starts = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
 

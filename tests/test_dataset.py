@@ -1,5 +1,6 @@
 """src.dataset against hand-worked values: what is read, repaired and refused, and the sampler."""
 
+import gc
 import json
 from itertools import chain
 
@@ -179,6 +180,16 @@ def test_annotations_lie_in_arrays(tmp_path):
         elif isinstance(value, list | tuple | dict | set):
             assert len(value) < 10, name
             assert all(isinstance(item, int | str) for item in value), name
+
+
+def test_garbage_collection_is_as_it_was_after_opening(tmp_path):
+    file = small(tmp_path)
+    CocoDataset(tmp_path, "set")
+    assert gc.isenabled()
+    file.write_text("no JSON")
+    with pytest.raises(UserError):
+        CocoDataset(tmp_path, "set")
+    assert gc.isenabled()
 
 
 # What cannot be repaired

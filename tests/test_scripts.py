@@ -455,7 +455,7 @@ def test_a_mistake_takes_one_line_and_status_2(
             "data-path val-set pretrained-model cls-threshold nms-threshold batch-size"
             " num-workers amp output",
         ),
-        ("benchmark.py", "repeats amp pictures"),
+        ("benchmark.py", "repeats amp pictures coco-size"),
         (
             "test_image.py",
             "input output json pretrained-model cls-threshold nms-threshold amp",
