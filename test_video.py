@@ -79,7 +79,7 @@ def main():
         signal.signal(number, lambda *_: stopped.append(True))
     total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
     bar, number, ok = tqdm(total=total, unit="frame", leave=False), 0, True
-    with ThreadPoolExecutor() as pool:  # reads the next frame and writes the last meanwhile
+    with ThreadPoolExecutor(2) as pool:  # reads the next frame and writes the last meanwhile
         writing = pool.submit(lambda: None)
         while ok and not stopped:
             reading = pool.submit(video.read)
@@ -94,6 +94,7 @@ def main():
             number += 1
             bar.update()
             ok, frame = reading.result()
+        writing.result()
     bar.close()
     writer.release()
     if lines:

@@ -118,6 +118,7 @@ def stop_on_signals():
 
     def note(number, frame):
         received.append(number)
+        os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, note)

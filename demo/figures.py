@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import usage
 from src.boxes import ANCHORS, Encoder, make_default_boxes, pairwise_iou, to_corners
-from src.dataset import CocoDataset, as_coco, read_annotations
+from src.dataset import CocoDataset, ground_truth
 from src.detector import Detector
 from src.engine import coco_results, evaluate, run_coco_eval
 from src.loss import MultiBoxLoss
@@ -41,7 +41,7 @@ def parse_args():
     add("--data-path", default="demo/shapes", help="folder in COCO layout")
     add("--train-set", default="train2017", help="of the first four figures")
     add("--val-set", default="val2017", help="of the last three")
-    add("--model", choices=sorted(ANCHORS), default="ssdlite", help="unless a checkpoint says it")
+    add("--model", choices=sorted(ANCHORS), help="ssdlite, unless a checkpoint says it")
     add("--pretrained-model", help="checkpoint trained on these classes; adds the last three")
     add("--output", default="demo/figures", help="folder")
     add("--seed", type=usage.number(int, 0), default=0, help="which pictures are shown")
@@ -112,8 +112,10 @@ def default_boxes(data, rng, name):
         for n, box in enumerate(of_map[:, middle, middle]):
             outline(ax, box, COLOURS[n], 1.6)
         ax.plot(*of_map[0, middle, middle].reshape(2, 2).mean(axis=0), "k.", ms=4)
-        ax.set(xlim=(-0.06, 1.06), ylim=(1.06, -0.06))
-    figure.suptitle(f"{name}: {first} default boxes on six feature maps", fontsize=11)
+        ax.set(xlim=(-0.2, 1.2), ylim=(1.2, -0.2))
+    figure.suptitle(
+        f"{name}: {first} default boxes on six feature maps; those of one cell", fontsize=11
+    )
     return figure
 
 
@@ -131,20 +133,19 @@ def matching(data, rng, name):
         ax.set_visible(g < len(boxes))
         if g >= len(boxes):
             continue
-        own = (owners == g + 1).nonzero().squeeze(1)
+        own, best = (owners == g + 1).nonzero().squeeze(1), int(iou[g].argmax())
         title = f"{data.classes[labels[g]]}: {len(own)} default box" + "es" * (len(own) != 1)
-        if len(own):
-            title += f", best IoU {iou[g, own].max():.2f}"
+        title += f", best IoU {iou[g, best]:.2f}"
         show(ax, image, title, pale=0.35)
         outline(ax, boxes[g], "black", 4)
         outline(ax, boxes[g], "white", 2)
         outline(ax, encoder.corners[own], COLOURS[0], 0.9)
-        if len(own):
-            outline(ax, encoder.corners[own[iou[g, own].argmax()]], COLOURS[3], 2)
+        if owners[best] == g + 1:  # unless a later object has taken it
+            outline(ax, encoder.corners[best], COLOURS[3], 2)
         ax.set(xlim=(-0.08, 1.08), ylim=(1.08, -0.08))
     figure.suptitle(
-        "Matching. White: the object. Red: the default box it overlaps most, always matched."
-        "\nBlue: the others with IoU above 0.5. All the rest is background.",
+        "Matching. White: the object. Red: the default box it overlaps most."
+        "\nBlue: the others with IoU above 0.5. What no object has is background.",
         fontsize=10,
     )
     return figure
@@ -167,7 +168,7 @@ def augmentation(data, rng, name):
     return figure
 
 
-def hard_negatives(data, rng, name, network):
+def hard_negatives(data, rng, name, network, state):
     """The background boxes that count in the loss: three for each matched one."""
     encoder = Encoder(make_default_boxes(name))
     chosen = pick(data, rng, 4, fewest=1, most=3)
@@ -175,16 +176,16 @@ def hard_negatives(data, rng, name, network):
     objects = [[torch.from_numpy(part) for part in data.objects(index)] for index in chosen]
     targets = [encoder.encode(*one) for one in objects]
     loc_targets, cls_targets = (torch.stack(part) for part in zip(*targets, strict=True))
-    with torch.inference_mode():
+    with torch.no_grad():
         loc, cls_logits = network.eval()(normalize(torch.from_numpy(images)))
     # The loss itself says which boxes it counts: those that its gradient reaches.
-    cls_logits = cls_logits.clone().requires_grad_()
-    _, cls_loss = MultiBoxLoss()(loc.clone(), cls_logits, loc_targets, cls_targets.clamp(max=1))
+    cls_logits.requires_grad_()
+    _, cls_loss = MultiBoxLoss()(loc, cls_logits, loc_targets, cls_targets)
     cls_loss.backward()
     pull = cls_logits.grad.abs().sum(dim=2)
     counted = pull > 0
     figure, axes = panels(2, 2, 8.6)
-    for n, ax in enumerate(axes):
+    for n, ax in enumerate(axes[: len(images)]):
         positive = cls_targets[n] > 0
         negative = counted[n] & ~positive
         title = f"{int(positive.sum())} matched, {int(negative.sum())} hardest negatives"
@@ -197,9 +198,9 @@ def hard_negatives(data, rng, name, network):
         outline(ax, encoder.corners[hardest], COLOURS[3], 2)
         ax.set(xlim=(0, 1), ylim=(1, 0))
     figure.suptitle(
-        "Hard negative mining. White: objects. Green: matched default boxes. Red: background boxes"
-        " with the\nhighest loss, three for each green one, the five worst thick; the others of"
-        f" {positive.numel()} do not count.",
+        f"Hard negative mining, {state} network. White: objects. Green: matched default boxes."
+        "\nRed: background with the highest loss, three for each green one, the five worst thick;"
+        f"\nthe others of {positive.numel()} do not count.",
         fontsize=10,
     )
     return figure
@@ -226,7 +227,7 @@ def before_and_after_nms(data, rng, detector):
 def precision_recall(data, detector):
     """Precision over recall of each class, at IoU 0.5 and 0.75; pycocotools' own curves."""
     loader = torch.utils.data.DataLoader(data, batch_size=8)
-    truth = as_coco(read_annotations(data.annotation_file)[0])
+    truth = ground_truth(data.annotation_file)
     _, detections = evaluate(detector, loader, truth)
     coco_eval = run_coco_eval(truth, coco_results(detections))
     recall = coco_eval.params.recThrs
@@ -238,8 +239,9 @@ def precision_recall(data, detector):
         for k in present if len(present) <= 10 else []:  # else their mean alone is legible
             label = f"{data.classes[k + 1]} {curves[:, k].mean():.2f}"
             ax.plot(recall, curves[:, k], color=class_colours([k + 1])[0], lw=1.4, label=label)
-        mean = curves[:, present].mean(axis=1)
-        ax.plot(recall, mean, color="black", lw=2, ls="--", label=f"mean {mean.mean():.2f}")
+        if len(present):
+            mean = curves[:, present].mean(axis=1)
+            ax.plot(recall, mean, color="black", lw=2, ls="--", label=f"mean {mean.mean():.2f}")
         ax.set(xlabel="recall", xlim=(0, 1), ylim=(0, 1.02), title=f"IoU {iou}")
         ax.legend(fontsize=8, title="AP")
         ax.grid(alpha=0.3)
@@ -255,6 +257,7 @@ def predictions(data, rng, detector):
         image = data.read(index)
         found = detector([image], score_threshold=0.4)[0]
         ax.imshow(draw_detections(image, **found, classes=detector.classes))
+    for ax in axes:
         ax.axis("off")
     return figure
 
@@ -263,7 +266,9 @@ def main():
     """Draw them one by one."""
     args = parse_args()
     detector = args.pretrained_model and Detector.load(args.pretrained_model, "cpu")
-    name = detector.name if detector else args.model
+    name = detector.name if detector else args.model or "ssdlite"
+    if args.model not in (None, name):
+        raise UserError(f"--model {args.model}: {args.pretrained_model} is {name}; leave it away")
     train_set = CocoDataset(args.data_path, args.train_set)
     if detector and detector.classes != train_set.classes:
         raise UserError(
@@ -285,7 +290,8 @@ def main():
     network = detector.model if detector else build_model(name, len(train_set.classes), False)
     for function in (default_boxes, matching, augmentation):
         draw(function, train_set, np.random.default_rng(args.seed), name)
-    draw(hard_negatives, train_set, np.random.default_rng(args.seed), name, network)
+    state = "trained" if detector else "untrained"
+    draw(hard_negatives, train_set, np.random.default_rng(args.seed), name, network, state)
     if detector:
         val_set = CocoDataset(args.data_path, args.val_set)
         draw(before_and_after_nms, val_set, np.random.default_rng(args.seed), detector)

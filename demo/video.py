@@ -61,6 +61,9 @@ def main():
     """Draw the clip, or make the GIF."""
     args = parse_args()
     usage.make_writable("--output", args.output, [args.input or ""])
+    ending = ".gif" if args.input else ".avi"
+    if Path(args.output).suffix.lower() != ending:
+        raise UserError(f"--output {args.output}: end it in {ending}")
     if args.input:
         video, frames = cv2.VideoCapture(args.input), []
         while (frame := video.read()[1]) is not None:
@@ -86,7 +89,7 @@ def main():
         kind = cv2.VideoWriter.fourcc(*"MJPG")
         video = cv2.VideoWriter(args.output, kind, RATE, (WIDTH, HEIGHT))
         if not video.isOpened():
-            raise UserError(f"--output {args.output}: cannot be written; end it in .avi")
+            raise UserError(f"--output {args.output}: OpenCV cannot write it")
         for frame in moving_shapes(np.random.default_rng(args.seed)):
             video.write(frame[:, :, ::-1])
         video.release()

@@ -71,7 +71,7 @@ def test_matching_shows_the_best_overlap_of_each_object(figures, shapes):
 def test_three_negatives_for_each_matched_box(figures, shapes):
     network = build_model("ssdlite", 7, pretrained_backbone=False)
     data = CocoDataset(shapes, "train2017")
-    figure = figures.hard_negatives(data, np.random.default_rng(0), "ssdlite", network)
+    figure = figures.hard_negatives(data, np.random.default_rng(0), "ssdlite", network, "new")
     pairs = [tuple(map(int, re.findall(r"\d+", title))) for title in titles(figure)]
     assert len(pairs) == 4 and all(3 * matched == hard for matched, hard in pairs)
     assert sum(matched for matched, _ in pairs) > 0

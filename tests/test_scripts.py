@@ -203,13 +203,23 @@ def make_video(path, frames, codec="MJPG"):
     writer.release()
 
 
+def frames_of(path):
+    video, frames = cv2.VideoCapture(str(path)), []
+    while (frame := video.read()[1]) is not None:
+        frames.append(frame.astype(int))
+    return frames
+
+
 def test_video_script(trained, tmp_path):
     clip = tmp_path / "clip.mp4"
     make_video(clip, 7, "mp4v")
     run(
         "test_video.py", "--input", clip, "--json", tmp_path / "clip.json",
-        "--pretrained-model", trained / "ssdlite.pth", "--cls-threshold", "0.05",
+        "--pretrained-model", trained / "ssdlite.pth", "--cls-threshold", "0.9",
     )  # fmt: skip
+    before, after = (frames_of(f) for f in (clip, tmp_path / "clip_prediction.mp4"))
+    for n, frame in enumerate(after):  # each in its place, none twice
+        assert np.argmin([abs(frame - other).mean() for other in before]) == n
     video = cv2.VideoCapture(str(tmp_path / "clip_prediction.mp4"))
     assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(29.97, abs=0.01)
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 7
