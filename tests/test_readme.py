@@ -42,7 +42,7 @@ def test_links_lead_to_files_and_to_the_lines_that_they_name():
     assert len(links) > 20
     for text, target in links:
         if target.startswith("#"):
-            assert f"## {target[1:]}" in TEXT.lower(), target
+            assert f"## {target[1:].replace('-', ' ')}" in TEXT.lower(), target
             continue
         path, _, line = target.partition("#L")
         assert (ROOT / path).exists(), target
