@@ -25,6 +25,9 @@ def set_up():
 def tear_down():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        # gloo's threads may still hold tensors of the last sum, and wait for Python to free them
+        # while Python waits for the threads (seen in torch 2.6): a barrier holds none.
+        dist.barrier()
         dist.destroy_process_group()
 
 
