@@ -1,6 +1,6 @@
 # make demo   train SSDLite on the sample data set and draw what it finds (nine minutes on two CPU cores)
 # make test   ruff and pytest
-# make figures  train longer and make all that is shown in demo/ (AMP=--amp: half precision, if the CPU can)
+# make figures  train longer and make what is shown in demo/, but tensorboard.png (AMP=--amp: half precision, if the CPU can)
 
 PYTHON = .venv/bin/python
 RUN = demo/training
@@ -28,7 +28,6 @@ figures: .venv/installed-dev
 	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
 	$(PYTHON) demo/slim.py $(RUN)/ssdlite_best.pth demo/ssdlite_shapes.pth
 	$(PYTHON) demo/figures.py --data-path demo/shapes --pretrained-model demo/ssdlite_shapes.pth
-	mkdir -p demo/pictures
 	cp demo/shapes/val2017/000000000160.jpg demo/pictures/1.jpg
 	cp demo/shapes/val2017/000000000178.jpg demo/pictures/2.jpg
 	cp demo/shapes/val2017/000000000152.jpg demo/pictures/3.jpg

@@ -60,10 +60,10 @@ def moving_shapes(rng):
 def main():
     """Draw the clip, or make the GIF."""
     args = parse_args()
-    usage.make_writable("--output", args.output, [args.input or ""])
     ending = ".gif" if args.input else ".avi"
     if Path(args.output).suffix.lower() != ending:
         raise UserError(f"--output {args.output}: end it in {ending}")
+    usage.make_writable("--output", args.output, [args.input] if args.input else [])
     if args.input:
         video, frames = cv2.VideoCapture(args.input), []
         while (frame := video.read()[1]) is not None:

@@ -224,6 +224,7 @@ def repair(annotation, size, repairs):
     return True
 
 
+@no_garbage_collection()
 def ground_truth(path):
     """The repaired annotations as pycocotools wants them."""
     return as_coco(read_annotations(path)[0])

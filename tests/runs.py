@@ -1,14 +1,33 @@
 """Running the scripts, and looking at what a run left behind."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import cv2
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run(*command, status=0):
+    """Run a script of the project to its end; it has to exit with `status`."""
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def frames_of(path):
+    """All frames (H, W, 3) BGR of a video, as int, to be subtracted from one another."""
+    video, frames = cv2.VideoCapture(str(path)), []
+    while (frame := video.read()[1]) is not None:
+        frames.append(frame.astype(int))
+    return frames
 
 
 def scalars(folder):

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from runs import ENV, ROOT, TORCHRUN, scalars
+from runs import ENV, ROOT, TORCHRUN, frames_of, run, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.dataset import CocoDataset, TrainSampler
@@ -32,13 +32,6 @@ def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
     make_dataset(folder, train=12, val=5, seed=1)
     return folder
-
-
-def run(*command, status=0):
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
 
 
 def train(shapes, folder, *options, launcher=(), status=0):
@@ -201,13 +194,6 @@ def make_video(path, frames, codec="MJPG"):
         frame = np.full((240, 320, 3), 90, np.uint8)
         writer.write(cv2.circle(frame, (60 + 20 * step, 120), 40, (0, 200, 255), cv2.FILLED))
     writer.release()
-
-
-def frames_of(path):
-    video, frames = cv2.VideoCapture(str(path)), []
-    while (frame := video.read()[1]) is not None:
-        frames.append(frame.astype(int))
-    return frames
 
 
 def test_video_script(trained, tmp_path):
