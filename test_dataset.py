@@ -45,11 +45,13 @@ def main():
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
     dataset = CocoDataset(args.data_path, args.val_set)
-    if not set(detector.category_ids) <= set(dataset.category_ids):
-        raise UserError(
-            f"{args.pretrained_model}: detects categories {detector.category_ids}, but"
-            f" {dataset.annotation_file} has {dataset.category_ids}: use the set it was trained for"
-        )
+    known = dict(zip(dataset.category_ids, dataset.classes[1:], strict=True))
+    for category, name in zip(detector.category_ids, detector.classes[1:], strict=True):
+        if known.get(category) != name:
+            raise UserError(
+                f"{args.pretrained_model}: detects {name!r} as category {category}, which is"
+                f" {known.get(category)!r} in {dataset.annotation_file}: use its own set"
+            )
     if output.resolve() == dataset.folder.resolve():
         raise UserError(f"--output {output}: is the pictures' own folder; give another")
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)

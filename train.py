@@ -6,6 +6,7 @@
 Stop it whenever you want (Ctrl-C): the same command goes on where it was.
 """
 
+import argparse
 import atexit
 import multiprocessing
 import os
@@ -89,7 +90,7 @@ def parse_args():
         default="trained_models",
         help="checkpoints; training goes on from the one there",
     )
-    add("--save-every", type=positive, help="iterations; default: save after every epoch")
+    add("--save-every", type=positive, help="iterations; without it, after every epoch")
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--pretrained-model", help="checkpoint to fine-tune")
     add(
@@ -99,7 +100,8 @@ def parse_args():
     )
     add("--zoom-out", action="store_true", help="the paper's expansion (section 3.6)")
     add("--seed", type=usage.number(int, 0), default=123)
-    add("--local-rank", type=int, help="set by torch.distributed.launch")  # we read LOCAL_RANK
+    # torch.distributed.launch gives it; we read LOCAL_RANK.
+    add("--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -321,7 +323,6 @@ def main():
     make_folders(args)
     atexit.register(kill_workers)
     torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
     # Data

@@ -69,29 +69,35 @@ def load_checkpoint(path):
             raise UserError(f"{path}: model {state['model']!r}, missing {missing}: not one of ours")
         return state | {"layout": f"checkpoint of this project, {state['model']}"}
     if isinstance(state.get("model"), dict):
-        layout, weights = "published SSD-ResNet50, 'model' with 'label_map'", state["model"]
+        layout = "published SSD-ResNet50, 'model'" + " with 'label_map'" * ("label_map" in state)
+        weights = state["model"]
     elif isinstance(state.get("model_state_dict"), dict):
         layout, weights = "published SSD-ResNet50, 'model_state_dict'", state["model_state_dict"]
     else:
-        raise UserError(f"{path}: keys {sorted(map(str, state))[:6]} are of no known checkpoint")
+        raise UserError(
+            f"{path}: keys {sorted(map(str, state))[:6]} are of no known checkpoint;"
+            " bare weights of SSD-ResNet50 go into {'model_state_dict': weights}"
+        )
     return {
         "model": "ssd",
         "model_state_dict": {k.removeprefix("module."): v for k, v in weights.items()},
-        **published_classes(state.get("label_map")),
+        **published_classes(state.get("label_map"), path),
         "layout": layout,
     }
 
 
-def published_classes(label_map):
-    """Class names from a published checkpoint's {0: "background", 1: "person", ...}, or COCO's."""
-    classes = ["background", *COCO_CLASSES]
+def published_classes(label_map, path):
+    """Class names from a published checkpoint's {0: "background", 1: "person", ...}, or COCO's.
+
+    Category ids are COCO's for COCO's names, else 1, 2, 3, ...
+    """
+    names = COCO_CLASSES
     if label_map:
-        classes = [str(label_map[k]) for k in sorted(label_map, key=int)]
-    is_coco = len(classes) == 1 + len(COCO_CATEGORY_IDS)
-    return {
-        "classes": classes,
-        "category_ids": COCO_CATEGORY_IDS if is_coco else list(range(1, len(classes))),
-    }
+        if not isinstance(label_map, dict) or set(label_map) != set(range(len(label_map))):
+            raise UserError(f"{path}: 'label_map' is not {{0: 'background', 1: a name, ...}}")
+        names = [str(label_map[k]) for k in range(1, len(label_map))]
+    ids = COCO_CATEGORY_IDS if names == COCO_CLASSES else list(range(1, 1 + len(names)))
+    return {"classes": ["background", *names], "category_ids": ids}
 
 
 def model_of(checkpoint, path):
@@ -104,6 +110,8 @@ def model_of(checkpoint, path):
 def fill(model, weights, path):
     """Load `weights` into `model`; UserError with the names where they do not fit exactly."""
     wanted = model.state_dict()
+    if not all(isinstance(values, torch.Tensor) for values in weights.values()):
+        raise UserError(f"{path}: its weights are not all tensors; use another")
     misfits = {
         "missing": [name for name in wanted if name not in weights],
         "unexpected": [name for name in weights if name not in wanted],
@@ -139,5 +147,5 @@ def fine_tune_from(model, checkpoint, classes, path):
     fill(model, weights | {name: own[name] for name in fresh}, path)
     return (
         f"{path}: loaded ({checkpoint['layout']}), but for the class heads:"
-        f" {len(checkpoint['classes'])} classes there, {len(classes)} here, so these start fresh"
+        f" {len(checkpoint['classes'])} classes there, {len(classes)} others here: they start fresh"
     )

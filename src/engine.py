@@ -101,7 +101,7 @@ def evaluate(detector, loader, truth, nms_threshold=0.5):
     rows = [np.zeros((0, 7))]
     quiet = distributed.rank() > 0
     for images, image_ids, sizes in tqdm(loader, "evaluate", disable=quiet, leave=False):
-        found = detector.detect_resized(images, sizes, nms_threshold=nms_threshold)
+        found = detector.detect_resized(images, sizes, 0.01, nms_threshold)
         for one, image_id in zip(found, image_ids.tolist(), strict=True):
             boxes = one["boxes"].double()
             boxes[:, 2:] -= boxes[:, :2]  # xyxy -> COCO's xywh

@@ -19,6 +19,12 @@ class UnreadablePicture(UserError):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, where `--save_folder` is as good as `--save-folder` and errors take one line."""
 
+    def add_argument(self, *names, **settings):
+        """argparse's, but --help tells the default where there is one."""
+        if settings.get("default") not in (None, argparse.SUPPRESS):
+            settings["help"] = f"{settings.get('help', '')} (default: %(default)s)".lstrip()
+        return super().add_argument(*names, **settings)
+
     def parse_args(self, args=None):
         """Parse `args` (default: the command line); exits with status 2 on a mistake."""
         args = sys.argv[1:] if args is None else args

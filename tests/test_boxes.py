@@ -304,6 +304,15 @@ def test_a_class_has_at_most_200_candidates():
     assert_close(found["boxes"], to_corners(defaults[[0, 200]]))
 
 
+def test_scores_count_from_the_papers_threshold_on():
+    # SSD section 3.7: "a confidence threshold of 0.01".
+    defaults = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]])
+    scores = torch.tensor([0.009, 0.011])
+    logits = torch.stack([1 - scores, scores], dim=1).log()[None]
+    (found,) = Encoder(defaults).decode(torch.zeros(1, 2, 4), logits)
+    assert found["scores"].tolist() == pytest.approx([0.011])
+
+
 def test_at_most_200_detections_the_best_first():
     cells = torch.arange(400)
     centres = torch.stack([(cells % 20 + 0.5) / 20, (cells // 20 + 0.5) / 20], dim=1)

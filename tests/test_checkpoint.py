@@ -252,6 +252,34 @@ def test_published_coco_checkpoints_are_read(tmp_path, coco_weights, layout, pre
     assert same(dict(model.state_dict()), dict(coco_weights))
 
 
+def test_a_checkpoint_saved_from_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+    torch.save(SMALL | {"model_state_dict": {"w": torch.ones(2)}}, tmp_path / "a.pth")
+    assert b"cuda:0" in (tmp_path / "a.pth").read_bytes()
+    weights = load_checkpoint(tmp_path / "a.pth")["model_state_dict"]["w"]
+    assert weights.device.type == "cpu" and weights.tolist() == [1, 1]
+
+
+def test_eighty_classes_that_are_not_cocos_have_ids_of_their_own(tmp_path):
+    names = ["background", *(f"class {n}" for n in range(80))]
+    torch.save(published({}, "model", names), tmp_path / "a.pth")
+    loaded = load_checkpoint(tmp_path / "a.pth")
+    assert loaded["classes"] == names and loaded["category_ids"] == list(range(1, 81))
+
+
+@pytest.mark.parametrize("label_map", [["background", "cat"], {"cat": 1}, {1: "cat"}, 7], ids=str)
+def test_a_label_map_of_another_kind_is_a_users_error(tmp_path, label_map):
+    torch.save({"model": {}, "label_map": label_map}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="label_map"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_bare_weights_are_told_how_to_be_read(tmp_path):
+    torch.save({"loc.0.weight": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="model_state_dict"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
 def test_label_map_gives_the_classes_in_order(tmp_path):
     weights = build_model("ssd", 3, pretrained_backbone=False).state_dict()
     state = published(weights, "model", ["background", "cat", "dog"])
@@ -308,6 +336,13 @@ def test_weights_that_do_not_fit_are_named_and_none_is_taken(lite, change):
     assert same(dict(model.state_dict()), before)
 
 
+def test_weights_that_are_no_tensors_are_a_users_error(lite):
+    weights = dict(lite.state_dict())
+    weights[next(iter(weights))] = [1.0, 2.0]
+    with pytest.raises(UserError, match="some.pth"):
+        checkpoint.fill(copy.deepcopy(lite), weights, "some.pth")
+
+
 def marked(model):
     """Weights unlike those of the model in every tensor."""
     return {name: value + 1 for name, value in model.state_dict().items()}
@@ -332,7 +367,7 @@ def test_fine_tuning_for_other_classes_keeps_all_but_the_class_heads(lite, class
     for name, value in model.state_dict().items():
         fresh = name.startswith("conf.")
         assert torch.equal(value, before[name] if fresh else weights[name]), name
-    assert f"{len(CLASSES)} classes" in line and f"{len(classes)} here" in line
+    assert f"{len(CLASSES)} classes" in line and f"{len(classes)} others here" in line
     assert same(source["model_state_dict"], weights)
 
 

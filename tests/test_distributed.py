@@ -1,13 +1,13 @@
 """src.distributed in real gloo processes, and what DistributedDataParallel makes of a batch."""
 
 import os
-import socket
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from pycocotools.coco import COCO
+from runs import free_port
 from torch.nn.parallel import DistributedDataParallel
 
 from src import distributed
@@ -51,10 +51,7 @@ def start(rank, world_size, port, jobs, folder):
 def in_processes(world_size, tmp_path_factory, *jobs):
     """{name of job: what it returned in each of `world_size` processes}."""
     folder = tmp_path_factory.mktemp("answers")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(start, (world_size, port, jobs, folder), nprocs=world_size)
+    mp.spawn(start, (world_size, free_port(), jobs, folder), nprocs=world_size)
     answers = [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world_size)]
     return {job.__name__: by_rank for job, *by_rank in zip(jobs, *answers, strict=True)}
 

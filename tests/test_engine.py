@@ -161,7 +161,7 @@ class Oracle:
             size = image["width"], image["height"]
             self.answers.append((size, [(a["bbox"], a["category_id"]) for a in own]))
 
-    def detect_resized(self, images, sizes, score_threshold=0.01, nms_threshold=0.5):
+    def detect_resized(self, images, sizes, score_threshold, nms_threshold):
         assert images.shape[1:] == (300, 300, 3) and images.dtype == torch.uint8
         self.thresholds.add((score_threshold, nms_threshold))
         out = []
@@ -213,7 +213,7 @@ def test_large_image_ids_survive(tmp_path):
     class One:
         category_ids = [5]
 
-        def detect_resized(self, images, sizes, **thresholds):
+        def detect_resized(self, images, sizes, *thresholds):
             boxes = torch.tensor([[9.0, 9, 108, 108]])
             return [{"boxes": boxes, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}]
 

@@ -18,8 +18,10 @@ import torch
 from runs import ENV, ROOT, TORCHRUN, frames_of, run, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.checkpoint import COCO_CATEGORY_IDS, COCO_CLASSES
 from src.dataset import CocoDataset, TrainSampler
 from src.engine import METRICS
+from src.model import build_model
 from src.shapes import make_dataset
 from src.transform import read_image
 from src.visualize import class_colour
@@ -224,7 +226,7 @@ def test_fine_tuning_keeps_all_but_the_class_heads(shapes, trained, tmp_path):
         file.write_text(json.dumps(data))
     options = ["--pretrained-model", trained / "ssdlite.pth", "--epochs", 1, "--lr", 0]
     done = train(other, tmp_path / "out", *options)
-    assert "7 classes there, 8 here" in done.stdout
+    assert "7 classes there, 8 others here" in done.stdout
     before, after = (
         load(f / "ssdlite.pth")["model_state_dict"] for f in (trained, tmp_path / "out")
     )
@@ -329,6 +331,73 @@ def run_here(monkeypatch, script, *options):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
+
+
+# What pycocotools makes of the files alone, in a process that knows nothing of this project.
+JUDGE = """
+import sys
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+truth = COCO(sys.argv[1])
+judge = COCOeval(truth, truth.loadRes(sys.argv[2]), "bbox")
+judge.evaluate(), judge.accumulate(), judge.summarize()
+print(*judge.stats.tolist())
+"""
+
+
+def test_figures_are_those_of_pycocotools_in_another_process(shapes, tmp_path, monkeypatch):
+    checkpoint = ROOT / "demo" / "ssdlite_shapes.pth"
+    options = ["--pretrained-model", checkpoint, "--data-path", shapes, "--num-workers", 0]
+    assert run_here(monkeypatch, "test_dataset.py", *options, "--output", tmp_path) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    truth = shapes / "annotations" / "instances_val2017.json"
+    command = [sys.executable, "-c", JUDGE, truth, tmp_path / "detections.json"]
+    said = subprocess.check_output(list(map(str, command)), cwd=tmp_path, text=True)
+    figures = list(map(float, said.splitlines()[-1].split()))
+    assert [metrics[name] for name in METRICS] == pytest.approx(figures, abs=1e-12)
+    assert 0.2 < metrics["AP"] < 0.9
+
+
+def test_every_script_takes_a_published_checkpoint(tmp_path, monkeypatch, capfd):
+    data, file = tmp_path / "data", tmp_path / "published.pth"
+    make_dataset(data, train=2, val=1, seed=1)
+    for path in (data / "annotations").iterdir():  # shapes by the names of COCO's classes
+        content = json.loads(path.read_text())
+        ids = [category["id"] for category in content["categories"]]
+        named = zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
+        content["categories"] = [{"id": i, "name": name} for i, name in named]
+        for a in content["annotations"]:
+            a["category_id"] = COCO_CATEGORY_IDS[ids.index(a["category_id"])]
+        path.write_text(json.dumps(content))
+    torch.manual_seed(0)
+    weights = build_model("ssd", 81, pretrained_backbone=False).state_dict()
+    label_map = dict(enumerate(["background", *COCO_CLASSES]))
+    published = {"model": {f"module.{k}": v for k, v in weights.items()}, "label_map": label_map}
+    torch.save(published | {"epoch": 64, "iteration": 0, "optimizer": {}, "scheduler": {}}, file)
+    (picture,) = (data / "val2017").iterdir()
+    make_video(tmp_path / "clip.avi", frames=1)
+    folders = ["--save-folder", tmp_path / "new", "--log-path", tmp_path / "log"]
+    for script, options in {
+        "test_image.py": ["--input", picture, "--output", tmp_path / "out.jpg"],
+        "test_video.py": ["--input", tmp_path / "clip.avi", "--output", tmp_path / "out.mp4"],
+        "test_dataset.py": ["--data-path", data, "--num-workers", 0, "--output", tmp_path / "out"],
+        "train.py": ["--data-path", data, *SMALL, *folders, "--epochs", 1, "--batch-size", 2],
+    }.items():
+        assert run_here(monkeypatch, script, *options, "--pretrained-model", file) == 0
+        assert "published SSD-ResNet50, 'model' with 'label_map'" in capfd.readouterr().out, script
+    assert load(tmp_path / "new" / "ssd.pth")["classes"] == ["background", *COCO_CLASSES]
+
+
+def test_a_set_of_other_classes_under_the_same_ids_is_refused(shapes, tmp_path, monkeypatch, capfd):
+    other = tmp_path / "other"
+    shutil.copytree(shapes, other)
+    path = other / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "cup"
+    path.write_text(json.dumps(content))
+    options = ["--pretrained-model", ROOT / "demo" / "ssdlite_shapes.pth", "--data-path", other]
+    assert run_here(monkeypatch, "test_dataset.py", *options, "--output", tmp_path / "out") == 2
+    assert "'cup'" in capfd.readouterr().err
 
 
 def test_damaged_videos(trained, tmp_path, monkeypatch, capfd):

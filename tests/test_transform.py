@@ -165,15 +165,16 @@ def no_jitter(monkeypatch):
     monkeypatch.setattr(transform, "jitter_colours", lambda image, rng: image)
 
 
-def test_half_of_the_pictures_are_mirrored(no_jitter):
+def test_half_of_the_pictures_are_mirrored(no_jitter, monkeypatch):
+    monkeypatch.setattr(transform, "resize", lambda image: image)  # for speed
     image, none = np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.float32)
     image[:, :2] = 255  # bright on the left
     flips = 0
-    for seed in range(1500):
+    for seed in range(20_000):
         out, _, _ = transform.augment(image, none, np.zeros(0, int), np.random.default_rng(seed))
-        assert {int(out[150, 5, 0]), int(out[150, 294, 0])} == {0, 255}
-        flips += out[150, 5, 0] == 0
-    assert abs(flips - 750) < 4 * math.sqrt(1500) / 2  # outside once in 16,000 times
+        assert {int(out[1, 0, 0]), int(out[1, 3, 0])} == {0, 255}
+        flips += out[1, 0, 0] == 0
+    assert abs(flips - 10_000) < 4 * math.sqrt(20_000) / 2  # outside once in 16,000 times
 
 
 def test_zoom_out_is_half_the_time_and_up_to_four_times():
@@ -282,6 +283,31 @@ def test_colours_are_those_of_torchvision():
         orders.add(tuple(rng.order))
     assert len(orders) > 20  # of 24, in 100 draws
     assert np.mean(differences) < 2 and max(differences) < 6, max(differences)
+
+
+def test_augmentation_ends_with_other_colours():
+    grey, none = np.full((8, 8, 3), 128, np.uint8), np.zeros((0, 4), np.float32)
+    levels = set()
+    for seed in range(50):
+        out, _, _ = transform.augment(grey, none, np.zeros(0, int), np.random.default_rng(seed))
+        levels.add(int(out[0, 0, 0]))
+    assert len(levels) > 20  # brightness alone moves 128 by up to 16
+
+
+def test_colour_factors_are_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    ranges = [(0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05)]
+    pixel, ours, theirs = np.zeros((1, 1, 3), np.uint8), [], []
+    for seed in range(20_000):
+        rng = Recorder(seed)
+        transform.jitter_colours(pixel, rng)
+        ours.append([*rng.factors, 24 * rng.order[0] + rng.order[1]])
+        order, *factors = transforms.ColorJitter.get_params(*ranges)
+        theirs.append([*factors, 24 * int(order[0]) + int(order[1])])
+    names = "brightness", "contrast", "saturation", "hue", "order"
+    for name, our, their in zip(names, np.transpose(ours), np.transpose(theirs), strict=True):
+        distance, limit = kolmogorov_smirnov(our, their)
+        assert distance < limit, (name, distance, limit)
 
 
 def test_colour_factors_cover_the_published_ranges():

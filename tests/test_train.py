@@ -1,0 +1,155 @@
+"""train.py: its recipe at hand-worked points, and what main hands on, in one process and in two.
+
+The networks that main makes are real; training and evaluation are spies that note what they get.
+"""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from runs import free_port
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from src import distributed
+from src.engine import METRICS
+from src.model import build_model
+
+RECIPE = {"lr": 2.6e-3, "batch_size": 32, "warmup": 300, "multistep": [43, 54]}
+
+
+@pytest.mark.parametrize(
+    "epoch, iteration, expected",
+    [
+        (0, 0, 2.6e-3 / 300),
+        (0, 149, 1.3e-3),
+        (0, 299, 2.6e-3),
+        (0, 999, 2.6e-3),
+        (42, 999, 2.6e-3),  # the last step of the 43rd epoch
+        (43, 0, 2.6e-4),
+        (53, 999, 2.6e-4),
+        (54, 0, 2.6e-5),
+        (64, 999, 2.6e-5),
+    ],
+)
+def test_learning_rate_is_the_recipes(epoch, iteration, expected):
+    args = SimpleNamespace(**RECIPE)
+    assert train.learning_rate(args, 1000, 1, epoch, iteration) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch_size, world_size, factor", [(32, 8, 8), (16, 1, 0.5), (4, 2, 0.25)])
+def test_learning_rate_grows_with_the_pictures_of_a_step(batch_size, world_size, factor):
+    args = SimpleNamespace(**RECIPE | {"batch_size": batch_size})
+    assert train.learning_rate(args, 1000, world_size, 5, 0) == pytest.approx(2.6e-3 * factor)
+
+
+def test_warm_up_takes_the_first_epoch_at_most():
+    args = SimpleNamespace(**RECIPE)
+    assert train.learning_rate(args, 100, 1, 0, 49) == pytest.approx(1.3e-3)
+    assert train.learning_rate(args, 100, 1, 0, 99) == pytest.approx(2.6e-3)
+    args = SimpleNamespace(**RECIPE | {"warmup": 0})
+    assert train.learning_rate(args, 100, 1, 0, 0) == pytest.approx(2.6e-3)
+
+
+@pytest.mark.parametrize("name", ["ssd", "ssdlite"])
+def test_weights_decay_but_biases_and_batch_norm_do_not(name):
+    network = build_model(name, 4, pretrained_backbone=False)
+    args = SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = train.make_optimizer(network, args, None)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
+    assert not any(group["nesterov"] for group in optimizer.param_groups)
+    for module in network.modules():
+        for kind, p in module.named_parameters(recurse=False):
+            decay = isinstance(module, nn.Conv2d) and kind == "weight"
+            assert decays.pop(id(p)) == (5e-4 if decay else 0)
+    assert not decays
+
+
+def spied_main(rank, world_size, port, options, maps, file):
+    """Run train.main, whose epochs score the figures of `maps`; save what was handed on."""
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    seen, results = [], iter(maps)
+
+    def train_one_epoch(model, loader, _, optimizer, scaler, epoch, first, learning_rate, amp):
+        for buffer in model.buffers():  # as if this process had seen pictures of its own
+            buffer.fill_(distributed.rank() + 1)
+        ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
+        seen.append({"ids": ids, "ddp": isinstance(model, DistributedDataParallel)})
+        seen[-1] |= {"amp": amp, "lr": learning_rate(1, 0), "epoch": epoch, "first": first}
+        seen[-1]["zoom_out"] = loader.dataset.zoom_out
+        return []
+
+    def detector(network, name, classes, category_ids, device, amp):
+        seen[-1]["buffers"] = {float(buffer.max()) for buffer in network.buffers()}
+        seen[-1]["detector_amp"] = amp
+
+    def evaluate(detector, loader, truth, nms_threshold):
+        seen[-1]["val_ids"] = [image_id for batch in loader for image_id in batch[1].tolist()]
+        seen[-1]["nms_threshold"] = nms_threshold
+        return (dict.fromkeys(METRICS, next(results)), None) if rank == 0 else None
+
+    train.train_one_epoch, train.Detector, train.evaluate = train_one_epoch, detector, evaluate
+    train.write_pictures = lambda *_: None
+    sys.argv = ["train.py", *options]
+    train.main()
+    torch.save(seen, file.format(rank=rank))
+
+
+@pytest.fixture
+def run_main(shapes_folder, tmp_path):
+    """Function that runs main in `processes`; returns what each saw, [epoch] by process."""
+
+    def run(processes, maps, *options):
+        options = [*options, "--data-path", shapes_folder, "--save-folder", tmp_path]
+        options += ["--model", "ssdlite", "--no-pretrained-backbone", "--batch-size", 2]
+        options += ["--num-workers", 0, "--epochs", len(maps), "--log-path", tmp_path / "log"]
+        file = str(tmp_path / "seen_{rank}.pt")
+        given = processes, free_port(), list(map(str, options)), maps, file
+        mp.spawn(spied_main, given, nprocs=processes)
+        return [torch.load(file.format(rank=rank)) for rank in range(processes)]
+
+    return run
+
+
+def test_main_hands_on_its_options_and_keeps_the_best(run_main, tmp_path):
+    options = ["--amp", "--zoom-out", "--lr", "0.032", "--multistep", "1", "--nms-threshold", "0.4"]
+    (seen,) = run_main(1, [0.1, 0.3, 0.2], *options)
+    assert [epoch["epoch"] for epoch in seen] == [0, 1, 2]
+    for epoch in seen:
+        assert epoch["amp"] and epoch["detector_amp"] and epoch["zoom_out"] and not epoch["ddp"]
+        assert epoch["nms_threshold"] == 0.4 and epoch["first"] == 0
+        assert epoch["lr"] == pytest.approx(0.032 * 2 / 32 / 10)  # second epoch, batches of 2
+        assert sorted(epoch["ids"]) == sorted(seen[0]["ids"]) and len(set(epoch["ids"])) == 12
+        assert len(set(epoch["val_ids"])) == len(epoch["val_ids"]) == 6
+    assert seen[0]["ids"] != seen[1]["ids"]  # a new shuffle
+    for end, finished in ("", 3), ("_best", 2):
+        state = torch.load(tmp_path / f"ssdlite{end}.pth", weights_only=True)
+        assert (state["epoch"], state["best_map"]) == (finished, 0.3)
+        assert state["samples_seen"] == 0
+
+
+def test_main_leaves_amp_and_zoom_out_off(run_main):
+    (seen,) = run_main(1, [0.1])
+    assert not (seen[0]["amp"] or seen[0]["detector_amp"] or seen[0]["zoom_out"])
+    assert seen[0]["nms_threshold"] == 0.5
+
+
+def test_two_processes_share_gradients_pictures_and_buffers(run_main):
+    zero, one = run_main(2, [0.1, 0.2])
+    for epoch, other in zip(zero, one, strict=True):
+        assert epoch["ddp"] and other["ddp"]
+        assert len({*epoch["ids"], *other["ids"]}) == 12 and len(epoch["ids"]) == 6
+        assert not set(epoch["ids"]) & set(other["ids"])
+        assert not set(epoch["val_ids"]) & set(other["val_ids"])
+        assert len(epoch["val_ids"] + other["val_ids"]) == 6
+        assert epoch["buffers"] == other["buffers"] == {1.0}  # rank 0's
+        assert epoch["lr"] == pytest.approx(2.6e-3 * 2 * 2 / 32)
