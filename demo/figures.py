@@ -14,11 +14,12 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import usage
-from src.boxes import ANCHORS, Encoder, make_default_boxes, pairwise_iou, to_corners
+from src.boxes import ANCHORS, INPUT_SIZE, Encoder, make_default_boxes, pairwise_iou, to_corners
 from src.dataset import CocoDataset, ground_truth
 from src.detector import Detector
 from src.engine import coco_results, evaluate, run_coco_eval
@@ -99,20 +100,21 @@ def default_boxes(data, rng, name):
     image = resize(data.read(pick(data, rng, 1, fewest=3, most=12)[0]))
     figure, axes = panels(2, 3, 6.0)
     first = 0
-    for ax, cells, per_cell in zip(axes, anchors.maps, anchors.per_cell, strict=True):
+    maps = zip(axes, anchors.maps, anchors.steps, anchors.per_cell, strict=True)
+    for ax, cells, step, per_cell in maps:
         of_map = corners[first : first + cells**2 * per_cell]
         first += len(of_map)
         of_map = of_map.reshape(per_cell, cells, cells, 4)  # shape, row, column
         total = f"{per_cell * cells**2} boxes"
         show(ax, image, f"{cells} x {cells} cells, {per_cell} boxes each: {total}", pale=0.55)
-        for line in np.arange(1, cells) / cells:
-            ax.axhline(line, color="grey", lw=0.4)
-            ax.axvline(line, color="grey", lw=0.4)
+        borders = np.arange(0, INPUT_SIZE, step) / INPUT_SIZE  # the last cell may be cut short
+        ax.hlines([*borders, 1], 0, 1, color="grey", lw=0.5)
+        ax.vlines([*borders, 1], 0, 1, color="grey", lw=0.5)
         middle = cells // 2
         for n, box in enumerate(of_map[:, middle, middle]):
             outline(ax, box, COLOURS[n], 1.6)
         ax.plot(*of_map[0, middle, middle].reshape(2, 2).mean(axis=0), "k.", ms=4)
-        ax.set(xlim=(-0.2, 1.2), ylim=(1.2, -0.2))
+        ax.set(xlim=(-0.3, 1.3), ylim=(1.3, -0.3))
     figure.suptitle(
         f"{name}: {first} default boxes on six feature maps; those of one cell", fontsize=11
     )
@@ -256,7 +258,10 @@ def predictions(data, rng, detector):
     for ax, index in zip(axes, pick(data, rng, 9, fewest=2, most=6), strict=False):
         image = data.read(index)
         found = detector([image], score_threshold=0.4)[0]
-        ax.imshow(draw_detections(image, **found, classes=detector.classes))
+        shown = Image.fromarray(image)
+        shown.thumbnail((260, 236))  # as many pixels as a panel has, so that labels stay legible
+        found["boxes"] = found["boxes"] * shown.width / image.shape[1]
+        ax.imshow(draw_detections(np.asarray(shown), **found, classes=detector.classes))
     for ax in axes:
         ax.axis("off")
     return figure
