@@ -106,8 +106,9 @@ def expand(image, boxes, rng):
 def crop(image, boxes, labels, rng):
     """Sample a patch (SSD section 2.2); its objects are those whose centre lies inside, clipped.
 
-    Paper: sides drawn until they fit. Here, as in the published recipe: one draw, and if it does
-    not fit (ratio of the sides, IoU, no object's centre inside) the kind of patch is drawn anew.
+    Paper (its code): up to 50 draws of a scale and a ratio, until one object has the IoU. Here, as
+    in the published recipe: one draw of two sides, every object must have it, and if the patch
+    does not fit (ratio of the sides, IoU, no object's centre inside) its kind is drawn anew.
     """
     if len(boxes) == 0:
         return image, boxes, labels
@@ -173,7 +174,8 @@ def resize(image):
 def jitter_colours(image, rng):
     """Brightness, contrast, saturation and hue in random order: torchvision's ColorJitter.
 
-    Paper (its code): about these ranges, each half the time. Here: the published recipe's ranges.
+    Paper (its code): each half the time, brightness added, hue by up to 0.1. Here: the published
+    recipe's ranges.
     """
     brightness = rng.uniform(1 - 0.125, 1 + 0.125)
     contrast, saturation = rng.uniform(1 - 0.5, 1 + 0.5, 2)
