@@ -200,6 +200,8 @@ def find_stopped_run(file, options):
         for option, value in options.items():
             if state["args"].get(option, value) != value:
                 say(f"changed since: {option} was {state['args'][option]}, is {value}")
+        if state["epoch"] >= options["epochs"]:
+            say("nothing left to train: raise --epochs, or give another --save-folder")
     return state
 
 

@@ -10,10 +10,8 @@ negatives are then those of an untrained network). Needs matplotlib (requirement
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,8 +27,14 @@ from src.transform import augment, normalize, resize
 from src.usage import UserError
 from src.visualize import class_colour, draw_detections
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+try:
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+except ModuleNotFoundError:
+    print("error: matplotlib is missing: pip install -r requirements-dev.txt", file=sys.stderr)
+    sys.exit(2)
+
+plt.switch_backend("Agg")
 
 COLOURS = plt.get_cmap("tab10").colors
 

@@ -250,7 +250,11 @@ class TrainSampler:
     def __init__(self, num_samples, batch_size, rank=0, world_size=1, seed=0):
         if num_samples < batch_size * world_size:
             largest = num_samples // world_size
-            remedy = f"--batch-size {largest} or less" if largest > 1 else "fewer processes"
+            remedy = "more pictures: a batch has at least 2"  # batch norm needs them
+            if largest > 1:
+                remedy = f"--batch-size {largest} or less"
+            elif num_samples > 1:
+                remedy = "fewer processes"
             raise UserError(
                 f"{num_samples} training pictures are less than one batch of {batch_size} x"
                 f" {world_size} processes: use {remedy}"

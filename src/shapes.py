@@ -244,9 +244,12 @@ def draw_scene(rng, kind="objects"):
 
 def write_split(folder, name, split, count, seed):
     """Write `count` pictures to folder/name, and their annotations; `split` is a number."""
+    file = folder / "annotations" / f"instances_{name}.json"
+    categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in CATEGORIES.items()]
+    if file.exists() and json.dumps(categories).encode() not in file.read_bytes():
+        raise UserError(f"{folder}: holds a data set of another kind; name another folder")
     (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
-    categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in CATEGORIES.items()]
     images, annotations = [], []
     for index in range(count):
         kind = "empty" if index % 20 == 5 else "crowd" if index % 25 == 4 else "objects"
@@ -262,11 +265,11 @@ def write_split(folder, name, split, count, seed):
         for entry in found:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **entry})
     content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    file.write_text(json.dumps(content))
 
 
 def make_dataset(folder, train=400, val=100, seed=0):
-    """Write `train` and `val` pictures in COCO's layout under `folder`, overwriting old ones."""
+    """Write `train` and `val` pictures in COCO's layout under `folder`, over older ones."""
     try:
         write_split(Path(folder), "train2017", 0, train, seed)
         write_split(Path(folder), "val2017", 1, val, seed)
@@ -284,8 +287,7 @@ def main():
         ("val", 100, "validation pictures"),
         ("seed", 0, "same seed, same bytes"),
     ):
-        text = f"{what} ({default})"
-        parser.add_argument(f"--{name}", type=number(int, 0), default=default, help=text)
+        parser.add_argument(f"--{name}", type=number(int, 0), default=default, help=what)
     args = parser.parse_args()
     make_dataset(args.folder, args.train, args.val, args.seed)
     print(f"wrote {args.train} training and {args.val} validation pictures to {args.folder}")

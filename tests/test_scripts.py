@@ -291,6 +291,7 @@ def test_a_resumed_run_says_what_changed(shapes, trained, tmp_path):
     for changed in ("batch_size was 4, is 2", "lr was 0.0026, is 0.5"):
         assert f"changed since: {changed}" in done.stdout
     assert "world_size" not in done.stdout and "seed" not in done.stdout
+    assert "nothing left to train" in done.stdout  # two epochs were done
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(shapes, tmp_path):

@@ -222,3 +222,15 @@ def test_command_line(tmp_path):
         status, lines = run(*arguments)
         assert status == 2 and len(lines) == 1 and named in lines[0]
     assert file.read_text() == ""
+
+
+def test_another_data_set_is_never_overwritten(tmp_path):
+    shapes.make_dataset(tmp_path, train=1, val=1)
+    shapes.make_dataset(tmp_path, train=2, val=1)  # its own is
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    file.write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cup"}]}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(shapes.UserError, match="another folder"):
+        shapes.make_dataset(tmp_path, train=3, val=1)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
