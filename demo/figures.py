@@ -31,8 +31,7 @@ try:
     from matplotlib import pyplot as plt
     from matplotlib.patches import Rectangle
 except ModuleNotFoundError:
-    print("error: matplotlib is missing: pip install -r requirements-dev.txt", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(usage.complain("matplotlib is missing: pip install -r requirements-dev.txt"))
 
 plt.switch_backend("Agg")
 

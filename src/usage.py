@@ -36,7 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print one line and exit with status 2."""
-        sys.exit(_complain(f"{message} (see {self.prog} --help)"))
+        sys.exit(complain(f"{message} (see {self.prog} --help)"))
 
 
 def number(kind, low, high=math.inf):
@@ -86,14 +86,15 @@ def run(main):
         sys.exit(130)
     except UserError as error:
         # From a loader's worker the error arrives wrapped in that worker's traceback.
-        sys.exit(_complain(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()))
+        sys.exit(complain(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "a disk that is written to"
-        sys.exit(_complain(f"{where}: {error.strerror}; make room and start again"))
+        sys.exit(complain(f"{where}: {error.strerror}; make room and start again"))
 
 
-def _complain(message):
+def complain(message):
+    """Print `message` as one line on standard error; return exit status 2."""
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2

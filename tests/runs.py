@@ -30,6 +30,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def join(rank, world_size, port):
+    """What torchrun does for a process without a GPU: its environment."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+
+
 def frames_of(path):
     """All frames (H, W, 3) BGR of a video, as int, to be subtracted from one another."""
     video, frames = cv2.VideoCapture(str(path)), []

@@ -1,13 +1,11 @@
 """src.distributed in real gloo processes, and what DistributedDataParallel makes of a batch."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from pycocotools.coco import COCO
-from runs import free_port
+from runs import free_port, join
 from torch.nn.parallel import DistributedDataParallel
 
 from src import distributed
@@ -39,8 +37,7 @@ def test_a_lone_process_needs_no_set_up(monkeypatch):
 
 def start(rank, world_size, port, jobs, folder):
     """What torchrun does for a process: its environment, then the program."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    join(rank, world_size, port)
     torch.set_num_threads(1)
     assert distributed.set_up() == torch.device("cpu")
     torch.save([job() for job in jobs], folder / f"{rank}.pt")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from runs import free_port
+from runs import free_port, join
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,10 +72,9 @@ def test_weights_decay_but_biases_and_batch_norm_do_not(name):
 
 def spied_main(rank, world_size, port, options, maps, file):
     """Run train.main, whose epochs score the figures of `maps`; save what was handed on."""
-    if world_size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if world_size > 1:
+        join(rank, world_size, port)
     torch.set_num_threads(1)
     seen, results = [], iter(maps)
 

@@ -301,9 +301,9 @@ def test_colour_factors_are_distributed_as_torchvisions():
     for seed in range(20_000):
         rng = Recorder(seed)
         transform.jitter_colours(pixel, rng)
-        ours.append([*rng.factors, 24 * rng.order[0] + rng.order[1]])
+        ours.append([*rng.factors, 4 * rng.order[0] + rng.order[1]])
         order, *factors = transforms.ColorJitter.get_params(*ranges)
-        theirs.append([*factors, 24 * int(order[0]) + int(order[1])])
+        theirs.append([*factors, 4 * int(order[0]) + int(order[1])])
     names = "brightness", "contrast", "saturation", "hue", "order"
     for name, our, their in zip(names, np.transpose(ours), np.transpose(theirs), strict=True):
         distance, limit = kolmogorov_smirnov(our, their)
