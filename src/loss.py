@@ -1,28 +1,31 @@
 """The MultiBox loss (SSD section 2.2, eq. 1-3) with hard negative mining."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 
 class MultiBoxLoss(nn.Module):
-    """Smooth L1 on matched default boxes, cross-entropy on those and the hardest negatives."""
+    """Smooth L1 on matched default boxes, cross-entropy on those and the hardest negatives.
 
-    def __init__(self, neg_pos_ratio=3):
+    per_image: normalise as both published SSD-ResNet50 recipes do, each image by its own matched
+    boxes, instead of the batch by all of its matched boxes (eq. 1).
+    """
+
+    def __init__(self, neg_pos_ratio=3, per_image=False):
         super().__init__()
-        self.neg_pos_ratio = neg_pos_ratio
+        self.neg_pos_ratio, self.per_image = neg_pos_ratio, per_image
 
     def forward(self, loc, cls_logits, loc_targets, cls_targets):
         """Return loc_loss () and cls_loss (), float32; their sum is the paper's loss (alpha = 1).
 
         loc (B, D, 4), cls_logits (B, D, C), loc_targets (B, D, 4), cls_targets (B, D) int64 with
-        0 for background. Paper: sum over the batch / matched boxes of the batch. Here: each image
-        by its own matched boxes, then the mean, as both published recipes do. An image without a
-        matched box adds nothing.
+        0 for background. An image without a matched box adds nothing. Where several processes
+        train together the batch is that of all processes: call it in each of them.
         """
         matched = cls_targets > 0  # (B, D)
         num_matched = matched.sum(dim=1)  # (B,)
-        share = 1 / num_matched.clamp(min=1)  # N of eq. 1
 
         loc_loss = F.smooth_l1_loss(loc.float(), loc_targets, reduction="none").sum(dim=2)
         loc_loss = (loc_loss * matched).sum(dim=1)
@@ -31,9 +34,27 @@ class MultiBoxLoss(nn.Module):
             cls_logits.float().flatten(0, 1), cls_targets.flatten(), reduction="none"
         ).view_as(cls_targets)
         # Hard negative mining: sorted by loss, only the first 3 N background boxes count. Matched
-        # boxes are 0 in that list, so that where it runs out of background nothing is added.
+        # boxes get loss 0: they sort last and add nothing if background boxes run out.
         negatives = cls_loss.masked_fill(matched, 0).sort(dim=1, descending=True).values
         rank = torch.arange(negatives.shape[1], device=negatives.device)
         hardest = rank < self.neg_pos_ratio * num_matched[:, None]  # (B, D)
-        cls_loss = (cls_loss * matched).sum(dim=1) + (negatives * hardest).sum(dim=1)
-        return (loc_loss * share).mean(), (cls_loss * share).mean()
+        cls_loss = (cls_loss * matched).sum(dim=1) + (negatives * hardest).sum(dim=1)  # (B,)
+
+        if self.per_image:
+            share = 1 / num_matched.clamp(min=1) / len(matched)  # (B,)
+        else:
+            share = 1 / num_matched_everywhere(num_matched)  # N of eq. 1
+        return (loc_loss * share).sum(), (cls_loss * share).sum()
+
+
+def num_matched_everywhere(num_matched):
+    """N of eq. 1 for the batch of all processes, at least 1, divided by their number.
+
+    DistributedDataParallel averages the gradients of the processes, so that the loss of all is the
+    mean of theirs. num_matched (B,) is this process's; the sum waits for no device.
+    """
+    total, processes = num_matched.sum().float(), 1
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        processes = dist.get_world_size()
+    return total.clamp(min=1) / processes

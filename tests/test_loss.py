@@ -29,7 +29,7 @@ def random_batch(matched, num_defaults=60, num_classes=5, seed=0):
 
 @pytest.mark.parametrize("name", ["ssd", "ssdlite"])
 @pytest.mark.parametrize("seed", range(4))
-def test_loss_equals_the_reference(name, seed):
+def test_loss_per_image_equals_the_reference(name, seed):
     cases = json.loads((REFERENCE / "loss.json").read_text())
     (expected,) = (case["loss"] for case in cases if (case["model"], case["seed"]) == (name, seed))
     encoder = Encoder(make_default_boxes(name))
@@ -40,7 +40,8 @@ def test_loss_equals_the_reference(name, seed):
             boxes, labels = boxes[:0], labels[:0]
         outputs = predictions(3 * seed + b, len(encoder.default_boxes))
         batch.append((*map(torch.from_numpy, outputs), *encoder.encode(boxes, labels)))
-    loc_loss, cls_loss = MultiBoxLoss()(*map(torch.stack, zip(*batch, strict=True)))
+    criterion = MultiBoxLoss(per_image=True)
+    loc_loss, cls_loss = criterion(*map(torch.stack, zip(*batch, strict=True)))
     assert (loc_loss + cls_loss).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -60,17 +61,21 @@ def test_loss_by_hand():
     cls_0 = log(2) + log(3) + log(2) + log(4 / 3)
     loc_0 = 1 / 8 + 3 / 2 + 0 + 1 / 2
 
-    # Image 1: two matches want six negatives but there are four; divided by N = 2.
+    # Image 1: two matches want six negatives but there are four.
     cls_targets[1, 0], cls_targets[1, 4] = 1, 2
     odds[1, 4, 1] = 8  # 1 of 10 for its class: log 10
     odds[1, [1, 2, 3, 5], 0] = torch.tensor([2.0, 6, 18, 198])
     loc[1, 4, 0] = -3  # 5/2
-    cls_1 = (log(3) + log(10) + log(2) + log(4 / 3) + log(10 / 9) + log(100 / 99)) / 2
-    loc_1 = 5 / 2 / 2
+    cls_1 = log(3) + log(10) + log(2) + log(4 / 3) + log(10 / 9) + log(100 / 99)
+    loc_1 = 5 / 2
 
-    loc_loss, cls_loss = MultiBoxLoss()(loc, odds.log(), loc_targets, cls_targets)
-    assert loc_loss.item() == pytest.approx((loc_0 + loc_1) / 2, rel=1e-5)
-    assert cls_loss.item() == pytest.approx((cls_0 + cls_1) / 2, rel=1e-5)
+    batch = loc, odds.log(), loc_targets, cls_targets
+    loc_loss, cls_loss = MultiBoxLoss()(*batch)  # eq. 1: N = 1 + 2
+    assert loc_loss.item() == pytest.approx((loc_0 + loc_1) / 3, rel=1e-5)
+    assert cls_loss.item() == pytest.approx((cls_0 + cls_1) / 3, rel=1e-5)
+    loc_loss, cls_loss = MultiBoxLoss(per_image=True)(*batch)  # N = 1, and N = 2; then the mean
+    assert loc_loss.item() == pytest.approx((loc_0 + loc_1 / 2) / 2, rel=1e-5)
+    assert cls_loss.item() == pytest.approx((cls_0 + cls_1 / 2) / 2, rel=1e-5)
 
 
 def test_mining_takes_the_three_hardest_negatives_a_positive():
@@ -114,7 +119,7 @@ def test_an_image_without_objects_adds_no_loss_and_no_gradient():
     sum(losses).backward()
     assert not loc.grad[1].any() and not cls_logits.grad[1].any()
     first = MultiBoxLoss()(loc[:1], cls_logits[:1], loc_targets[:1], cls_targets[:1])
-    assert [value.item() for value in losses] == pytest.approx([v.item() / 2 for v in first])
+    assert [value.item() for value in losses] == pytest.approx([v.item() for v in first])
 
 
 def test_a_batch_without_any_object_has_no_loss_and_goes_backward():
@@ -126,9 +131,19 @@ def test_a_batch_without_any_object_has_no_loss_and_goes_backward():
     assert torch.equal(cls_logits.grad, torch.zeros_like(cls_logits))
 
 
-def test_a_batch_is_the_mean_of_its_images():
-    batch = random_batch((3, 0, 20, 1))
+def test_a_batch_weighs_its_images_by_their_matched_boxes():
+    matched = (3, 0, 20, 1)
+    batch = random_batch(matched)
     together = MultiBoxLoss()(*batch)
+    alone = [MultiBoxLoss()(*(part[b : b + 1] for part in batch)) for b in range(4)]
+    for k in range(2):
+        total = sum(n * losses[k].item() for n, losses in zip(matched, alone, strict=True))
+        assert together[k].item() == pytest.approx(total / 24, rel=1e-5)
+
+
+def test_per_image_a_batch_is_the_mean_of_its_images():
+    batch = random_batch((3, 0, 20, 1))
+    together = MultiBoxLoss(per_image=True)(*batch)
     alone = [MultiBoxLoss()(*(part[b : b + 1] for part in batch)) for b in range(4)]
     for k in range(2):
         mean = sum(losses[k].item() for losses in alone) / 4
