@@ -58,6 +58,13 @@ def parse_args():
         default=2.6e-3,
         help="for 32 pictures a step; scaled with their number",
     )
+    add(
+        "--backbone-lr",
+        type=usage.number(float, 0),
+        default=1.0,
+        metavar="FACTOR",
+        help="learning rate of the backbone as a multiple of --lr; below 1 to fine-tune",
+    )
     add("--momentum", type=share, default=0.9)
     add(
         "--weight-decay",
@@ -232,13 +239,25 @@ def start_network(args, state, classes):
 
 
 def make_optimizer(network, args, state):
-    """SGD, as checkpoint `state` left it; no weight decay on biases and batch norm."""
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim == 1]
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(
-        groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
-    )
+    """SGD, as checkpoint `state` left it; no weight decay on biases and batch norm.
+
+    A group's "lr_factor" multiplies the learning rate of every step.
+    """
+    backbone = "backbone.", "feature_extractor."  # what its parameters' names start with
+    groups = [
+        {
+            "params": [
+                p
+                for name, p in network.named_parameters()
+                if (p.ndim > 1) == decays and name.startswith(backbone) == in_backbone
+            ],
+            "weight_decay": args.weight_decay if decays else 0.0,
+            "lr_factor": args.backbone_lr if in_backbone else 1.0,
+        }
+        for decays in (True, False)
+        for in_backbone in (True, False)
+    ]
+    optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, fused=True)
     if state:  # momentum from there, options from the command line
         options = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": options})

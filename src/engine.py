@@ -25,7 +25,8 @@ def train_one_epoch(
     """Train on what is left of an epoch; yields (iteration, figures) after every step.
 
     loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets (B, D) and
-    image ids (B,); learning_rate(epoch, iteration) -> float. figures is {tag: mean since the last}
+    image ids (B,); learning_rate(epoch, iteration) -> float, which a parameter group's "lr_factor"
+    multiplies. figures is {tag: mean since the last}
     every LOG_EVERY steps, else None. Raises UserError on a loss that is not finite.
     """
     model.train()
@@ -37,8 +38,9 @@ def train_one_epoch(
     bar = tqdm(loader, f"epoch {epoch + 1}", disable=distributed.rank() > 0, leave=False)
     for iteration, (images, loc_targets, cls_targets, ids) in enumerate(bar, first_iteration):
         waited += time.perf_counter() - ready
+        lr = learning_rate(epoch, iteration)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, iteration)
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         images = normalize(images.to(device, non_blocking=True))
         loc_targets = loc_targets.to(device, non_blocking=True)
         cls_targets = cls_targets.to(device, non_blocking=True)
@@ -60,7 +62,7 @@ def train_one_epoch(
             images_seen = len(losses) * len(ids) * distributed.world_size()
             seconds = time.perf_counter() - clock
             figures = means | {
-                "LR": optimizer.param_groups[0]["lr"],
+                "LR": lr,
                 "Images_per_second": images_seen / seconds,
             }
             text = "loss {Loss:.3f}, lr {LR:.2e}, {Images_per_second:.1f} images/s"

@@ -285,6 +285,30 @@ def test_it_yields_every_step_and_figures_every_ten_and_at_the_last(first, count
         start = iteration + 1
 
 
+def test_a_groups_factor_multiplies_its_learning_rate():
+    class TwoWeights(Weight):
+        def __init__(self):
+            super().__init__()
+            self.v = nn.Parameter(torch.zeros(()))
+
+        def forward(self, images):
+            return self.w, self.v
+
+    model = TwoWeights()
+    groups = [{"params": [model.w], "lr_factor": 0.25}, {"params": [model.v], "lr_factor": 1.0}]
+    optimizer = torch.optim.SGD(groups, 123.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loader, rates = batches(10), lambda epoch, iteration: 0.1 * (iteration + 1)
+    steps = train_one_epoch(
+        model, loader, constant_losses, optimizer, scaler, 0, 0, rates, False
+    )  # gradients 1 and 10
+    ((_, figures),) = logged(steps)
+    total = 0.1 * sum(range(1, 11))
+    assert model.w.item() == pytest.approx(-0.25 * total)
+    assert model.v.item() == pytest.approx(-10 * total)
+    assert figures["LR"] == pytest.approx(1.0)  # the last step's, without a factor
+
+
 def test_the_progress_bar_says_how_long_a_step_waits_for_data(capfd):
     class Slow(list):
         def __iter__(self):

@@ -4,7 +4,9 @@ The networks that main makes are real; training and evaluation are spies that no
 """
 
 import os
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +15,17 @@ import torch.multiprocessing as mp
 from runs import free_port, join
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import mobilenet_v2
+from torchvision.transforms.functional import normalize, to_tensor
 
 import train
 from src import distributed
 from src.engine import METRICS
 from src.model import build_model
+from src.transform import read_image, resize
 
+SHARED = Path(__file__).parents[2] / "shared"
+IMAGENET_FILE = "mobilenet_v2-7ebf99e0.pth"  # the name under which torchvision keeps its weights
 RECIPE = {"lr": 2.6e-3, "batch_size": 32, "warmup": 300, "multistep": [43, 54]}
 
 
@@ -55,11 +62,16 @@ def test_warm_up_takes_the_first_epoch_at_most():
     assert train.learning_rate(args, 100, 1, 0, 0) == pytest.approx(2.6e-3)
 
 
+def optimizer_options(**changed):
+    """What make_optimizer reads of the command line."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "backbone_lr": 1.0}
+    return SimpleNamespace(**options | changed)
+
+
 @pytest.mark.parametrize("name", ["ssd", "ssdlite"])
 def test_weights_decay_but_biases_and_batch_norm_do_not(name):
     network = build_model(name, 4, pretrained_backbone=False)
-    args = SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=5e-4)
-    optimizer = train.make_optimizer(network, args, None)
+    optimizer = train.make_optimizer(network, optimizer_options(), None)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
     assert not any(group["nesterov"] for group in optimizer.param_groups)
@@ -68,6 +80,67 @@ def test_weights_decay_but_biases_and_batch_norm_do_not(name):
             decay = isinstance(module, nn.Conv2d) and kind == "weight"
             assert decays.pop(id(p)) == (5e-4 if decay else 0)
     assert not decays
+
+
+@pytest.mark.parametrize("name", ["ssd", "ssdlite"])
+def test_the_backbone_alone_takes_backbone_lr(name):
+    network = build_model(name, 4, pretrained_backbone=False)
+    optimizer = train.make_optimizer(network, optimizer_options(backbone_lr=0.03), None)
+    factors = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
+    backbone = network.feature_extractor if name == "ssd" else network.backbone
+    assert {factors.pop(id(p)) for p in backbone.parameters()} == {0.03}
+    heads = (network.additional_blocks, network.loc, network.conf)
+    rest = [p for part in heads for p in part.parameters()]
+    assert {factors.pop(id(p)) for p in rest} == {1.0} and not factors
+
+
+@pytest.mark.parametrize("name", ["ssd", "ssdlite"])
+def test_momentum_of_checkpoints_with_two_groups_finds_its_weights(name):
+    # Until 2026-11-25: the weights in one group, biases and batch norm in another.
+    network = build_model(name, 4, pretrained_backbone=False)
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim == 1]
+    old = torch.optim.SGD([{"params": weights}, {"params": others}], 0.1, momentum=0.9)
+    for number, p in enumerate([*weights, *others]):
+        old.state[p]["momentum_buffer"] = torch.full_like(p, number)
+    options = optimizer_options(backbone_lr=0.03)
+    optimizer = train.make_optimizer(network, options, {"optimizer": old.state_dict()})
+    for number, p in enumerate([*weights, *others]):
+        assert (optimizer.state[p]["momentum_buffer"] == number).all()
+
+
+@pytest.fixture
+def imagenet_network(tmp_path, monkeypatch):
+    """The network train.py starts SSDLite from by default; any download raises."""
+    if not (SHARED / "weights" / IMAGENET_FILE).exists():
+        pytest.skip("no ../shared/weights next to the repository")
+
+    def refuse(url, *args, **kwargs):
+        raise AssertionError(f"{url} would be fetched")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    shutil.copy(SHARED / "weights" / IMAGENET_FILE, tmp_path / "hub/checkpoints")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "ssdlite"])
+    return train.start_network(train.parse_args(), None, ["background", "cat", "dog"]).eval()
+
+
+@torch.inference_mode()
+def test_training_starts_from_imagenets_features(imagenet_network):
+    files = sorted((SHARED / "data/animals/val2017").glob("*.jpg"))[:10]
+    if len(files) < 10:
+        pytest.skip("no ../shared/data/animals next to the repository")
+    classifier = mobilenet_v2().eval()  # torchvision's own network, filled from the file itself
+    classifier.load_state_dict(torch.load(SHARED / "weights" / IMAGENET_FILE, weights_only=True))
+    layers = classifier.features
+    for file in files:
+        image = to_tensor(resize(read_image(file)))
+        image = normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None]
+        expansion = layers[14].conv[0](layers[:14](image))
+        first, last = imagenet_network.backbone(image)
+        assert torch.equal(first, expansion) and torch.equal(last, layers(image))
+        assert last.std() > 0.1  # 6e-9 in an untrained network
 
 
 def spied_main(rank, world_size, port, options, maps, file):
