@@ -26,7 +26,7 @@ from tqdm import tqdm
 from src import distributed, usage
 from src.boxes import INPUT_SIZE, Encoder, make_default_boxes
 from src.checkpoint import fill, fine_tune_from, load_checkpoint, save_checkpoint
-from src.dataset import CocoDataset, TrainSampler, ground_truth
+from src.dataset import CocoDataset, TrainSampler, check_categories, ground_truth
 from src.detector import Detector
 from src.engine import METRICS, evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
@@ -170,11 +170,7 @@ def make_loaders(args, train_set, val_set, sampler, device):
 
 def look_over(train_set, val_set):
     """Say what was found and repaired; UserError if sets, or pictures and sizes, do not agree."""
-    if train_set.category_ids != val_set.category_ids:
-        raise UserError(
-            f"{val_set.annotation_file}: its categories {val_set.category_ids} are not those of"
-            f" {train_set.annotation_file}, {train_set.category_ids}: make them the same"
-        )
+    check_categories(val_set, train_set.category_ids, train_set.classes, train_set.annotation_file)
     for name, data in (("training", train_set), ("validation", val_set)):
         share = range(distributed.rank(), len(data), distributed.world_size())
         quiet = distributed.rank() > 0
@@ -273,9 +269,10 @@ def write_pictures(log, detector, val_set, step, count=4):
     sizes = torch.full((len(images), 2), INPUT_SIZE)
     found = detector.detect_resized(torch.from_numpy(np.stack(images)), sizes, score_threshold=0.3)
     for index, image, one in zip(indices, images, found, strict=True):
-        boxes, labels = val_set.objects(index)
+        boxes, labels = val_set.objects(index)  # of its own categories, perhaps fewer
+        labels = np.searchsorted(detector.category_ids, np.take(val_set.category_ids, labels - 1))
         drawn = draw_detections(image, **one, classes=detector.classes)
-        truth = draw_detections(image, boxes * INPUT_SIZE, labels, None, detector.classes)
+        truth = draw_detections(image, boxes * INPUT_SIZE, labels + 1, None, detector.classes)
         log.add_image(f"Test/Picture_{index}", np.hstack([drawn, truth]), step, dataformats="HWC")
 
 
@@ -401,7 +398,8 @@ def main():
         save(latest, *everything)
         if told_to_stop(received):
             leave(latest, received)
-    say(f"{args.epochs} epochs done: {latest}, best mAP {run['best_map']:.3f}")
+    measured = f"best mAP {run['best_map']:.3f}" if run["best_map"] >= 0 else "no mAP measured"
+    say(f"{args.epochs} epochs done: {latest}, {measured}")
     distributed.tear_down()
 
 

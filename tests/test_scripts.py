@@ -350,7 +350,9 @@ print(*judge.stats.tolist())
 """
 
 
-def test_figures_are_those_of_pycocotools_in_another_process(shapes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [slice(6), slice(1, 4)], ids=["all categories", "some"])
+def test_figures_are_those_of_pycocotools_in_another_process(shapes, tmp_path, monkeypatch, kept):
+    shapes = keep_categories(shapes, tmp_path / "data", kept)
     checkpoint = ROOT / "demo" / "ssdlite_shapes.pth"
     options = ["--pretrained-model", checkpoint, "--data-path", shapes, "--num-workers", 0]
     assert run_here(monkeypatch, "test_dataset.py", *options, "--output", tmp_path) == 0
@@ -361,6 +363,36 @@ def test_figures_are_those_of_pycocotools_in_another_process(shapes, tmp_path, m
     figures = list(map(float, said.splitlines()[-1].split()))
     assert [metrics[name] for name in METRICS] == pytest.approx(figures, abs=1e-12)
     assert 0.2 < metrics["AP"] < 0.9
+
+
+def keep_categories(shapes, folder, kept):
+    """A copy of a data set whose validation set has some of the categories, and their boxes."""
+    shutil.copytree(shapes, folder)
+    path = folder / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"] = content["categories"][kept]
+    ids = [category["id"] for category in content["categories"]]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] in ids]
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def test_fewer_categories_in_validation_are_trained_with(shapes, tmp_path):
+    data = keep_categories(shapes, tmp_path / "data", slice(1, 4))
+    done = train(data, tmp_path / "out", "--epochs", 1)
+    assert "validation: 5 pictures" in done.stdout and "of 3 classes" in done.stdout
+    assert len(load(tmp_path / "out" / "ssdlite.pth")["classes"]) == 7
+    assert load(tmp_path / "out" / "ssdlite.pth")["best_map"] >= 0
+
+
+def test_a_set_without_a_box_has_nothing_to_measure(shapes, tmp_path, monkeypatch, capfd):
+    path = shutil.copytree(shapes, tmp_path / "data") / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    options = ["--pretrained-model", ROOT / "demo" / "ssdlite_shapes.pth", "--num-workers", 0]
+    options += ["--data-path", tmp_path / "data", "--output", tmp_path / "out"]
+    assert run_here(monkeypatch, "test_dataset.py", *options) == 0
+    said = capfd.readouterr().out
+    assert "nothing to measure" in said and "-1.000" not in said
 
 
 def test_every_script_takes_a_published_checkpoint(tmp_path, monkeypatch, capfd):
