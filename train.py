@@ -8,9 +8,11 @@ Stop it whenever you want (Ctrl-C): the same command goes on where it was.
 
 import argparse
 import atexit
+import fcntl
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -151,6 +153,33 @@ def make_folders(args):
             raise UserError(f"{option} {folder}: cannot be made ({error.strerror})") from error
         if not os.access(folder, os.W_OK):
             raise UserError(f"{option} {folder}: may not be written to; choose another")
+
+
+def lock(file):
+    """Let no other run hold lock `file` until this process ends; returns who holds it, if any."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)  # open for as long as the process lives
+    try:
+        # A POSIX lock: killed processes lose it, and forked workers that outlive them never had it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return os.read(descriptor, 999).decode() or "another run"
+    except OSError as error:  # not every network file system has locks
+        say(f"{file}: no lock ({error.strerror}); make sure that no other run uses this folder")
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def lock_save_folder(args):
+    """UserError if another run trains this model into --save-folder; every process ends then."""
+    holder = (
+        lock(Path(args.save_folder) / f"{args.model}.lock") if distributed.rank() == 0 else None
+    )
+    if distributed.total([float(bool(holder))])[0]:
+        if not holder:
+            sys.exit(2)  # rank 0 says why
+        raise UserError(
+            f"--save-folder {args.save_folder}: in use by {holder}; give each run its own"
+        )
 
 
 def make_loaders(args, train_set, val_set, sampler, device):
@@ -320,6 +349,7 @@ def main():
     options = vars(args) | {"world_size": world_size}  # a resumed run says what has changed
     del options["local_rank"]
     make_folders(args)
+    lock_save_folder(args)
     atexit.register(kill_workers)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True

@@ -3,9 +3,11 @@
 import atexit
 import json
 import math
+import os
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -315,6 +317,37 @@ def test_an_output_that_is_the_input_is_refused(shapes, trained, tmp_path):
     for option in ("--output", "--json"):
         done = run("test_image.py", "--input", picture, option, picture, *model, status=2)
         assert f"{option} {picture}" in done.stderr and picture.read_bytes() == before
+
+
+def test_a_second_run_into_a_save_folder_is_refused_until_the_first_ends(shapes, tmp_path):
+    command = [sys.executable, "train.py", "--data-path", shapes, "--save-folder", tmp_path]
+    command += ["--log-path", tmp_path / "log", "--model", "ssdlite", *SMALL, "--epochs", 1000]
+    command += ["--num-workers", 2]
+    first = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "ssdlite.pth").exists():
+            time.sleep(0.05)
+            assert first.poll() is None
+        options = ["--epochs", 1, "--batch-size", 2]
+        done = train(shapes, tmp_path, *options, launcher=TORCHRUN, status=1)  # torchrun's own
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert f"process {first.pid} on {socket.gethostname()}" in line and str(tmp_path) in line
+        children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        workers = [
+            pid for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        assert len(workers) >= 2
+        # The workers live on for some seconds; to be sure of it they are stopped.
+        for pid in map(int, workers):
+            os.kill(pid, signal.SIGSTOP)
+    finally:
+        first.kill()
+        first.wait()
+    try:
+        assert "nothing left to train" in train(shapes, tmp_path, "--epochs", 1).stdout
+    finally:
+        for pid in map(int, workers):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_published_checkpoint_is_no_training_to_go_on_with(shapes, tmp_path):
