@@ -8,6 +8,7 @@ Stop it whenever you want (Ctrl-C): the same command goes on where it was.
 
 import argparse
 import atexit
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -116,17 +117,21 @@ def say(text):
 def stop_on_signals():
     """Return a list that fills with the signals which ask to stop.
 
-    Ctrl-C and SIGTERM wait for the step under way; a second Ctrl-C leaves at once.
+    Ctrl-C, SIGTERM and SIGHUP (the terminal closes) wait for the step under way; a second Ctrl-C
+    leaves at once. What `nohup` ignores stays ignored.
     """
     received = []
 
     def note(number, frame):
         received.append(number)
-        os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, note)
     return received
 
 
@@ -135,6 +140,7 @@ def start_worker(worker):
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def kill_workers():

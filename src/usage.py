@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import math
 import os
 import sys
@@ -75,11 +76,37 @@ def make_writable(option, path, inputs=()):
         raise UserError(f"{option} {path}: may not be written; choose another place")
 
 
+class LossyFile(io.FileIO):
+    """A file that drops what nobody can read any more: its reader ended, its terminal closed."""
+
+    def write(self, data):
+        """Write bytes; returns how many are done with."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
+
+
+def lossy(stream):
+    """A text stream that writes to the same place as `stream`, into a LossyFile."""
+    file = io.BufferedWriter(LossyFile(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(
+        file, stream.encoding, stream.errors, line_buffering=stream.line_buffering
+    )
+
+
 def run(main):
     """Call `main`; a UserError or a full disk becomes one line on standard error and status 2.
 
-    Ctrl-C, where a script does not see to it itself, ends it with status 130.
+    Ctrl-C, where a script does not see to it itself, ends it with status 130. A lost standard
+    output or error (`| head`, a closed terminal) does not end it.
     """
+    if sys.stdout is sys.__stdout__ is not None:  # neither redirected nor closed
+        sys.stdout = lossy(sys.stdout)
+    if sys.stderr is sys.__stderr__ is not None:
+        sys.stderr = lossy(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:

@@ -1,15 +1,19 @@
 """The command lines, run as a user runs them: train, resume, evaluate, detect."""
 
 import atexit
+import fcntl
 import json
 import math
 import os
+import pty
 import runpy
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -115,6 +119,23 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
     once, again = (scalars(folder / "log" / "ssdlite") for folder in (whole, stopped))
     for tag, events in once.items():  # nothing missing, nothing twice
         assert [e.step for e in again[tag]] == [e.step for e in events], tag
+
+
+def test_a_run_whose_terminal_closes_saves_and_ends(shapes, tmp_path):
+    master, slave = pty.openpty()
+    command = [sys.executable, "train.py", "--data-path", shapes, "--save-folder", tmp_path]
+    command += ["--log-path", tmp_path / "log", "--model", "ssdlite", *SMALL, "--epochs", 1000]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=ENV, stdin=slave, stdout=slave, stderr=slave,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+    while not (tmp_path / "ssdlite.pth").exists():
+        assert process.poll() is None
+        select.select([master], [], [], 0.05)[0] and os.read(master, 10**5)
+    os.close(master)  # SIGHUP for the process; from now on its every write fails
+    assert process.wait(120) == 128 + signal.SIGHUP
+    assert load(tmp_path / "ssdlite.pth")["epoch"] < 1000
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The networks that main makes are real; training and evaluation are spies that no
 """
 
 import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -70,6 +71,22 @@ def test_weights_decay_but_biases_and_batch_norm_do_not(name):
             decay = isinstance(module, nn.Conv2d) and kind == "weight"
             assert decays.pop(id(p)) == (5e-4 if decay else 0)
     assert not decays
+
+
+def test_a_closed_terminal_stops_a_run_but_for_nohup():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        received = train.stop_on_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        received = train.stop_on_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGHUP]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def spied_main(rank, world_size, port, options, maps, file):
