@@ -3,6 +3,11 @@
 python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.pth
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import json
 from pathlib import Path
 
@@ -11,7 +16,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from src import usage
 from src.dataset import CocoDataset, check_categories, ground_truth
 from src.detector import Detector
 from src.engine import coco_results, evaluate, metrics_table

@@ -6,12 +6,16 @@
 `--input` takes any number of files and folders.
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import json
 from pathlib import Path
 
 from PIL import Image
 
-from src import usage
 from src.detector import Detector, record
 from src.transform import read_image
 from src.usage import UserError

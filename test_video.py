@@ -4,6 +4,11 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input a.mp4 --o
 python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +17,6 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
-from src import usage
 from src.detector import Detector, record
 from src.usage import UserError
 from src.visualize import draw_detections

@@ -6,6 +6,11 @@
 Stop it whenever you want (Ctrl-C): the same command goes on where it was.
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import argparse
 import atexit
 import contextlib
@@ -26,7 +31,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src import distributed, usage
+from src import distributed
 from src.boxes import INPUT_SIZE, Encoder, make_default_boxes
 from src.checkpoint import fill, fine_tune_from, load_checkpoint, save_checkpoint
 from src.dataset import CocoDataset, TrainSampler, check_categories, ground_truth

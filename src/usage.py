@@ -5,6 +5,7 @@ import errno
 import io
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def make_writable(option, path, inputs=()):
         raise UserError(f"{option} {path}: may not be written; choose another place")
 
 
+def quit_on_ctrl_c():
+    """End at once on Ctrl-C, silently, with status 130: until `run`, which can do better.
+
+    An exception could be raised anywhere within an import, and turned into another one there.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
 class LossyFile(io.FileIO):
     """A file that drops what nobody can read any more: its reader ended, its terminal closed."""
 
@@ -103,6 +112,7 @@ def run(main):
     Ctrl-C, where a script does not see to it itself, ends it with status 130. A lost standard
     output or error (`| head`, a closed terminal) does not end it.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is sys.__stdout__ is not None:  # neither redirected nor closed
         sys.stdout = lossy(sys.stdout)
     if sys.stderr is sys.__stderr__ is not None:
