@@ -44,14 +44,14 @@ def main():
     """Evaluate, write the results, draw."""
     args = parse_args()
     output = Path(args.output)
-    for name in ("detections.json", "metrics.json"):
-        usage.make_writable("--output", output / name)
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
     dataset = CocoDataset(args.data_path, args.val_set)
     check_categories(dataset, detector.category_ids, detector.classes, args.pretrained_model)
     if output.resolve() == dataset.folder.resolve():
         raise UserError(f"--output {output}: is the pictures' own folder; give another")
+    for name in ("detections.json", "metrics.json"):
+        usage.make_writable("--output", output / name)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
     truth = ground_truth(dataset.annotation_file)
     metrics, detections = evaluate(detector, loader, truth, args.nms_threshold)

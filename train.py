@@ -359,8 +359,6 @@ def main():
     rank, world_size = distributed.rank(), distributed.world_size()
     options = vars(args) | {"world_size": world_size}  # a resumed run says what has changed
     del options["local_rank"]
-    make_folders(args)
-    lock_save_folder(args)
     atexit.register(kill_workers)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -369,6 +367,8 @@ def main():
     encoder = Encoder(make_default_boxes(args.model))
     train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out)
     val_set = CocoDataset(args.data_path, args.val_set)
+    make_folders(args)
+    lock_save_folder(args)
     look_over(train_set, val_set)
     classes, category_ids = train_set.classes, train_set.category_ids
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)

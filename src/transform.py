@@ -63,15 +63,13 @@ def open_picture(path):
             yield picture
     except FileNotFoundError as error:
         raise UnreadablePicture(f"{path}: no such picture") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise UnreadablePicture(
+            f"{path}: more than {limit} million pixels: scale it down, or cut it into tiles"
+        ) from error
     # What Pillow's many decoders raise on a broken file.
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:
+    except (OSError, ValueError, RuntimeError, SyntaxError, EOFError) as error:
         reason = (
             str(error).splitlines()[0].replace(str(path), "file") if str(error) else "broken file"
         )

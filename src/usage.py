@@ -59,7 +59,7 @@ def number(kind, low, high=math.inf):
 
 
 def make_writable(option, path, inputs=()):
-    """Make sure that a file can be written at `path`: its folder is made if the parent exists.
+    """Make sure that a file can be written at `path`: its folder is made, with all above it.
 
     UserError if it cannot, or if it is one of the `inputs` (paths that may not exist).
     """
@@ -70,7 +70,7 @@ def make_writable(option, path, inputs=()):
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file's name")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot make its folder ({error.strerror})") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):

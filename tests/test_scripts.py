@@ -213,6 +213,19 @@ def test_image_script_names_its_output_itself(shapes, trained, tmp_path):
     assert (tmp_path / "a b_prediction.jpg").is_file()
 
 
+def test_image_script_keeps_the_sub_folders(shapes, tmp_path, monkeypatch):
+    picture, folder = next((shapes / "val2017").glob("*.jpg")), tmp_path / "in"
+    for name in ("a.jpg", "one/a.jpg", "one/two/b.jpg", "one/a_prediction.jpg", "note.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder / name)
+    (folder / "a folder.jpg").mkdir()
+    out = tmp_path / "several" / "levels" / "deep"
+    options = ["--pretrained-model", ROOT / "demo" / "ssdlite_shapes.pth", "--input", folder]
+    assert run_here(monkeypatch, "test_image.py", *options, "--output", out) == 0
+    names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert names == {"a_prediction.jpg", "one/a_prediction.jpg", "one/two/b_prediction.jpg"}
+
+
 def make_video(path, frames, codec="MJPG"):
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 29.97, (320, 240))
     for step in range(frames):
@@ -559,7 +572,7 @@ def test_ctrl_c_during_the_imports_is_silent(script):
         ("test_image.py", ["--input", "src"], "src"),
         ("test_image.py", ["--input", "{cut}"], "cut.pth"),
         ("test_image.py", ["--input", "{picture}", "--cls-threshold", "-1"], "'-1'"),
-        ("test_image.py", ["--input", "{picture}", "--output", "no/such/b.jpg"], "no/such"),
+        ("test_image.py", ["--input", "{picture}", "--output", "{cut}/such/b.jpg"], "cut.pth/such"),
         ("test_image.py", ["--input", "{picture}", "--output", "b.xyz"], "b.xyz"),
         ("test_image.py", ["--input", "{picture}", "--json", "src"], "src"),
         ("test_image.py", ["--input", "{pictures}", "--output", "b.jpg"], "b.jpg"),
@@ -570,7 +583,7 @@ def test_ctrl_c_during_the_imports_is_silent(script):
         ("test_video.py", ["--input", "77"], "77"),
         ("test_video.py", ["--input", "{video}", "--output", "b.xyz"], "b.xyz"),
         ("test_video.py", ["--input", "{video}", "--output", "{folder}.mp4"], "folder.mp4"),
-        ("test_video.py", ["--input", "{video}", "--output", "no/such/b.mp4"], "no/such"),
+        ("test_video.py", ["--input", "{video}", "--output", "{cut}/such/b.mp4"], "cut.pth/such"),
         ("test_video.py", ["--input", "{video}", "--output", "{video}"], "clip.avi"),
         ("test_video.py", ["--input", "{video}", "--nms-threshold", "2"], "'2'"),
         ("test_dataset.py", ["--data-path", "no/such"], "no/such"),
@@ -608,6 +621,8 @@ def test_a_mistake_takes_one_line_and_status_2(
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and value in lines[0], said
     assert "Traceback" not in said
+    if "no/such" in options:  # of a wrong --data-path no empty folder stays
+        assert not any((tmp_path / name).exists() for name in ("new", "log", "out"))
 
 
 @pytest.mark.parametrize(

@@ -544,6 +544,16 @@ def test_what_is_no_picture_is_a_users_error_that_names_the_file(tmp_path, name)
         assert ".cpp" not in str(error.value)  # a decoder's own source file
 
 
+def test_an_image_of_too_many_pixels_is_told_what_to_do(tmp_path):
+    for name, data in (
+        ("a.png", png_header(17_000, 11_000)),
+        ("a.jpg", jpeg_of_size(17_000, 11_000)),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{name}: more than 178 million pixels: scale it down"):
+            transform.read_image(tmp_path / name)
+
+
 def test_missing_file_and_folder(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for path in (tmp_path / "nothing.jpg", tmp_path / "folder.jpg", str(tmp_path / "no" / "a.png")):

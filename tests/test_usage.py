@@ -168,7 +168,9 @@ def test_a_main_that_ends_well_says_nothing(capsys):
 def test_make_writable_makes_the_folder_and_no_file(tmp_path):
     usage.make_writable("--output", tmp_path / "new" / "a.json")
     usage.make_writable("--output", str(tmp_path / "b.json"))
-    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == []
+    usage.make_writable("--output", tmp_path / "new" / "several" / "levels" / "deep" / "c.json")
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["several"]
+    assert os.listdir(tmp_path / "new" / "several" / "levels" / "deep") == []
 
 
 def test_make_writable_keeps_an_old_file(tmp_path):
@@ -180,7 +182,7 @@ def test_make_writable_keeps_an_old_file(tmp_path):
 def test_make_writable_refuses_what_cannot_be_a_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    for path in ("folder", "file/a.json", "no/such/a.json", "file/deeper/a.json"):
+    for path in ("folder", "file/a.json", "file/deeper/a.json"):
         with pytest.raises(UserError) as error:
             usage.make_writable("--json", tmp_path / path)
         assert str(error.value).startswith(f"--json {tmp_path / path}")
