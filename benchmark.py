@@ -8,6 +8,11 @@ all default boxes at once, NMS in Python loops over classes and boxes, mining wi
 share of the limit is that of the machine's own matrix products.
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import contextlib
 import copy
 import io
@@ -27,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.ops import box_iou
 
-from src import shapes, usage
+from src import shapes
 from src.boxes import Encoder, make_default_boxes, to_corners
 from src.dataset import CocoDataset, annotation_file, ground_truth
 from src.detector import Detector

@@ -3,6 +3,11 @@
 python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.pth
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import json
 from pathlib import Path
 
@@ -11,8 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from src import usage
-from src.dataset import CocoDataset, ground_truth
+from src.dataset import CocoDataset, check_categories, ground_truth
 from src.detector import Detector
 from src.engine import coco_results, evaluate, metrics_table
 from src.usage import UserError
@@ -40,20 +44,14 @@ def main():
     """Evaluate, write the results, draw."""
     args = parse_args()
     output = Path(args.output)
-    for name in ("detections.json", "metrics.json"):
-        usage.make_writable("--output", output / name)
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
     dataset = CocoDataset(args.data_path, args.val_set)
-    known = dict(zip(dataset.category_ids, dataset.classes[1:], strict=True))
-    for category, name in zip(detector.category_ids, detector.classes[1:], strict=True):
-        if known.get(category) != name:
-            raise UserError(
-                f"{args.pretrained_model}: detects {name!r} as category {category}, which is"
-                f" {known.get(category)!r} in {dataset.annotation_file}: use its own set"
-            )
+    check_categories(dataset, detector.category_ids, detector.classes, args.pretrained_model)
     if output.resolve() == dataset.folder.resolve():
         raise UserError(f"--output {output}: is the pictures' own folder; give another")
+    for name in ("detections.json", "metrics.json"):
+        usage.make_writable("--output", output / name)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
     truth = ground_truth(dataset.annotation_file)
     metrics, detections = evaluate(detector, loader, truth, args.nms_threshold)
@@ -64,8 +62,8 @@ def main():
         rows = detections[detections[:, 0] == image_id]
         rows = rows[rows[:, 5] > args.cls_threshold]
         boxes = np.concatenate([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:5]], axis=1)
-        labels = np.searchsorted(dataset.category_ids, rows[:, 6]) + 1
-        drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], dataset.classes)
+        labels = np.searchsorted(detector.category_ids, rows[:, 6]) + 1
+        drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], detector.classes)
         Image.fromarray(drawn).save(output / f"{image_id}.jpg", quality=90)
     print(metrics_table(metrics))
     print(f"{len(dataset)} pictures, detections.json, metrics.json -> {output}")

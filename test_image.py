@@ -6,12 +6,16 @@
 `--input` takes any number of files and folders.
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import json
 from pathlib import Path
 
 from PIL import Image
 
-from src import usage
 from src.detector import Detector, record
 from src.transform import read_image
 from src.usage import UserError
@@ -25,10 +29,16 @@ def parse_args():
     parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
     share = usage.number(float, 0, 1)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="pictures, and folders of pictures")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="pictures, and folders of pictures, with their sub-folders",
+    )
     add(
         "--output",
-        help="file for one picture, else folder; default: {stem}_prediction.jpg beside it",
+        help="file for one picture, else folder, with the sub-folders of an input folder;"
+        " default: {stem}_prediction.jpg beside it",
     )
     add("--json", help="also write the detections to this file")
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
@@ -39,15 +49,16 @@ def parse_args():
 
 
 def find_pictures(inputs):
-    """Expand folders into the pictures they hold, sorted."""
+    """Files of all inputs, each with its path within an output folder; those of a folder sorted."""
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURES)
             # A folder that we wrote into before: do not detect in our own drawings.
-            files += [file for file in found if not file.stem.endswith("_prediction")]
+            found = [f for f in found if not f.stem.endswith("_prediction") and not f.is_dir()]
+            files += [(file, file.relative_to(path)) for file in found]
         elif path.is_file():
-            files.append(path)
+            files.append((path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
     if not files:
@@ -58,9 +69,9 @@ def find_pictures(inputs):
 
 
 def output_files(inputs, files, output):
-    """Where the drawing of each of `files` goes; folders are made if their parent exists."""
+    """Where the drawing of each of `files` (from find_pictures) goes."""
     if output is None:
-        outputs = [file.with_name(f"{file.stem}_prediction.jpg") for file in files]
+        outputs = [file.with_name(f"{file.stem}_prediction.jpg") for file, _ in files]
     elif len(files) == 1 and Path(inputs[0]).is_file() and not Path(output).is_dir():
         outputs = [Path(output)]
     else:
@@ -68,7 +79,9 @@ def output_files(inputs, files, output):
             raise UserError(
                 f"--output {output}: is a picture, --input a folder or several: give a folder"
             )
-        outputs = [Path(output) / f"{file.stem}_prediction.jpg" for file in files]
+        outputs = [
+            Path(output) / name.with_name(f"{name.stem}_prediction.jpg") for _, name in files
+        ]
     for file in outputs:
         if file.suffix.lower() not in PICTURES:
             raise UserError(f"--output {file}: unknown picture type; end it in .jpg or .png")
@@ -82,6 +95,7 @@ def main():
     args = parse_args()
     files = find_pictures(args.input)
     outputs = output_files(args.input, files, args.output)
+    files = [file for file, _ in files]
     for path in outputs:
         usage.make_writable("--output", path, files)
     if args.json:

@@ -4,7 +4,14 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input a.mp4 --o
 python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import json
+import math
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +19,15 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
-from src import usage
 from src.detector import Detector, record
 from src.usage import UserError
 from src.visualize import draw_detections
 
-CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
+# By ending, those to try in turn: not every OpenCV can write H.264.
+CODECS = {
+    ".mp4": {"avc1": "H.264", "mp4v": "MPEG-4 Part 2, which browsers do not play"},
+    ".avi": {"MJPG": "Motion JPEG"},
+}
 
 
 def parse_args():
@@ -25,7 +35,7 @@ def parse_args():
     parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
     share = usage.number(float, 0, 1)
     add = parser.add_argument
-    add("--input", required=True, help="video file, or number of a camera")
+    add("--input", required=True, help="video file or named pipe, or number of a camera")
     add("--output", help="video to write; default: {stem}_prediction.mp4 beside the input")
     add("--json", help="also write the detections to this file, a frame a line")
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
@@ -36,11 +46,12 @@ def parse_args():
 
 
 def open_video(source):
-    """The opened video and its first frame (H, W, 3) uint8 BGR."""
+    """The opened video and its first frame (H, W, 3) uint8 BGR, upright."""
     is_camera = source.isdecimal() and not Path(source).exists()
-    if not is_camera and not Path(source).is_file():
+    if not is_camera and (not Path(source).exists() or Path(source).is_dir()):
         raise UserError(f"--input {source}: no such video file")
-    video = cv2.VideoCapture(int(source) if is_camera else source)
+    # FFmpeg alone: another reader would wait for ever for what it has read from a named pipe.
+    video = cv2.VideoCapture(int(source)) if is_camera else cv2.VideoCapture(source, cv2.CAP_FFMPEG)
     ok, frame = video.read()
     if not ok:
         what = "no such camera" if is_camera else "not a video, or one without frames"
@@ -48,19 +59,43 @@ def open_video(source):
     return video, frame
 
 
+def pace(source, video):
+    """Frames per second of an opened video, and how many frames it promises (0: unknown).
+
+    What the container says, unless the frames of a file have other timestamps: a variable rate
+    becomes its mean.
+    """
+    fps, total = video.get(cv2.CAP_PROP_FPS), max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    times = set()
+    if Path(source).is_file():  # cameras and named pipes cannot be read twice
+        packets = cv2.VideoCapture(source, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])  # undecoded
+        while packets.grab():
+            times.add(packets.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    if len(times) > 1:
+        seconds, steps = max(times) - min(times), len(times) - 1
+        if not abs(fps * seconds - steps) <= 1:  # more than a frame apart
+            fps, total = steps / seconds, len(times)
+    return fps if fps > 0 else 25.0, total
+
+
 def open_writer(path, fps, frame):
-    """A writer of frames like `frame`, at the same frame rate."""
+    """A writer of frames like `frame`, `fps` of them per second, and the name of its codec."""
     size = (frame.shape[1], frame.shape[0])
-    codec = cv2.VideoWriter_fourcc(*CODECS[path.suffix.lower()])
-    writer = cv2.VideoWriter(str(path), codec, fps, size)
-    if not writer.isOpened():
-        raise UserError(f"--output {path}: cannot be written as a {size[0]}x{size[1]} video")
-    return writer
+    # MPEG-4 divides a second into at most 65535 parts, of which OpenCV makes a power of ten.
+    fps = round(fps, int(math.log10(65535 / fps)))
+    for code, codec in CODECS[path.suffix.lower()].items():
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*code), fps, size)
+        if writer.isOpened():
+            return writer, codec
+    raise UserError(f"--output {path}: cannot be written as a {size[0]}x{size[1]} video")
 
 
 def main():
     """Read, detect, draw, write, frame by frame; nothing is kept that grows with the video."""
     args = parse_args()
+    # What OpenCV and FFmpeg have to say is told by our error lines.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, frame = open_video(args.input)
     default = Path(args.input).with_name(f"{Path(args.input).stem}_prediction.mp4")
     output = Path(args.output or default)
@@ -71,14 +106,13 @@ def main():
         usage.make_writable("--json", args.json, [args.input])
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
-    fps = video.get(cv2.CAP_PROP_FPS)
-    writer = open_writer(output, fps if fps > 0 else 25.0, frame)
+    fps, total = pace(args.input, video)
+    writer, codec = open_writer(output, fps, frame)
     lines = open(args.json, "w", encoding="utf-8") if args.json else None
     stopped = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.append(True))
-    total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT))) or None
-    bar, number, ok = tqdm(total=total, unit="frame", leave=False), 0, True
+    bar, number, ok = tqdm(total=total or None, unit="frame", leave=False), 0, True
     with ThreadPoolExecutor(2) as pool:  # reads the next frame and writes the last meanwhile
         writing = pool.submit(lambda: None)
         while ok and not stopped:
@@ -99,8 +133,11 @@ def main():
     writer.release()
     if lines:
         lines.close()
-    cut = number < (total or 0) and not stopped
-    print(f"{number} frames -> {output}" + f" (the file promises {total}: it seems cut)" * cut)
+    cut = number < total and not stopped
+    print(
+        f"{number} frames -> {output}, {codec}"
+        + f" (the file promises {total}: it seems cut)" * cut
+    )
 
 
 if __name__ == "__main__":

@@ -6,11 +6,19 @@
 Stop it whenever you want (Ctrl-C): the same command goes on where it was.
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import argparse
 import atexit
+import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,10 +31,10 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src import distributed, usage
+from src import distributed
 from src.boxes import INPUT_SIZE, Encoder, make_default_boxes
 from src.checkpoint import fill, fine_tune_from, load_checkpoint, save_checkpoint
-from src.dataset import CocoDataset, TrainSampler, ground_truth
+from src.dataset import CocoDataset, TrainSampler, check_categories, ground_truth
 from src.detector import Detector
 from src.engine import METRICS, evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
@@ -121,17 +129,21 @@ def say(text):
 def stop_on_signals():
     """Return a list that fills with the signals which ask to stop.
 
-    Ctrl-C and SIGTERM wait for the step under way; a second Ctrl-C leaves at once.
+    Ctrl-C, SIGTERM and SIGHUP (the terminal closes) wait for the step under way; a second Ctrl-C
+    leaves at once. What `nohup` ignores stays ignored.
     """
     received = []
 
     def note(number, frame):
         received.append(number)
-        os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, note)
     signal.signal(signal.SIGTERM, note)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, note)
     return received
 
 
@@ -140,6 +152,7 @@ def start_worker(worker):
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def kill_workers():
@@ -160,6 +173,33 @@ def make_folders(args):
             raise UserError(f"{option} {folder}: may not be written to; choose another")
 
 
+def lock(file):
+    """Let no other run hold lock `file` until this process ends; returns who holds it, if any."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)  # open for as long as the process lives
+    try:
+        # A POSIX lock: killed processes lose it, and forked workers that outlive them never had it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return os.read(descriptor, 999).decode() or "another run"
+    except OSError as error:  # not every network file system has locks
+        say(f"{file}: no lock ({error.strerror}); make sure that no other run uses this folder")
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def lock_save_folder(args):
+    """UserError if another run trains this model into --save-folder; every process ends then."""
+    holder = (
+        lock(Path(args.save_folder) / f"{args.model}.lock") if distributed.rank() == 0 else None
+    )
+    if distributed.total([float(bool(holder))])[0]:
+        if not holder:
+            sys.exit(2)  # rank 0 says why
+        raise UserError(
+            f"--save-folder {args.save_folder}: in use by {holder}; give each run its own"
+        )
+
+
 def make_loaders(args, train_set, val_set, sampler, device):
     """Loaders of this process's share of the training and validation pictures."""
     loading = {
@@ -177,11 +217,7 @@ def make_loaders(args, train_set, val_set, sampler, device):
 
 def look_over(train_set, val_set):
     """Say what was found and repaired; UserError if sets, or pictures and sizes, do not agree."""
-    if train_set.category_ids != val_set.category_ids:
-        raise UserError(
-            f"{val_set.annotation_file}: its categories {val_set.category_ids} are not those of"
-            f" {train_set.annotation_file}, {train_set.category_ids}: make them the same"
-        )
+    check_categories(val_set, train_set.category_ids, train_set.classes, train_set.annotation_file)
     for name, data in (("training", train_set), ("validation", val_set)):
         share = range(distributed.rank(), len(data), distributed.world_size())
         quiet = distributed.rank() > 0
@@ -292,9 +328,10 @@ def write_pictures(log, detector, val_set, step, count=4):
     sizes = torch.full((len(images), 2), INPUT_SIZE)
     found = detector.detect_resized(torch.from_numpy(np.stack(images)), sizes, score_threshold=0.3)
     for index, image, one in zip(indices, images, found, strict=True):
-        boxes, labels = val_set.objects(index)
+        boxes, labels = val_set.objects(index)  # of its own categories, perhaps fewer
+        labels = np.searchsorted(detector.category_ids, np.take(val_set.category_ids, labels - 1))
         drawn = draw_detections(image, **one, classes=detector.classes)
-        truth = draw_detections(image, boxes * INPUT_SIZE, labels, None, detector.classes)
+        truth = draw_detections(image, boxes * INPUT_SIZE, labels + 1, None, detector.classes)
         log.add_image(f"Test/Picture_{index}", np.hstack([drawn, truth]), step, dataformats="HWC")
 
 
@@ -341,7 +378,6 @@ def main():
     rank, world_size = distributed.rank(), distributed.world_size()
     options = vars(args) | {"world_size": world_size}  # a resumed run says what has changed
     del options["local_rank"]
-    make_folders(args)
     atexit.register(kill_workers)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -350,6 +386,8 @@ def main():
     encoder = Encoder(make_default_boxes(args.model))
     train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out)
     val_set = CocoDataset(args.data_path, args.val_set)
+    make_folders(args)
+    lock_save_folder(args)
     look_over(train_set, val_set)
     classes, category_ids = train_set.classes, train_set.category_ids
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
@@ -420,7 +458,8 @@ def main():
         save(latest, *everything)
         if told_to_stop(received):
             leave(latest, received)
-    say(f"{args.epochs} epochs done: {latest}, best mAP {run['best_map']:.3f}")
+    measured = f"best mAP {run['best_map']:.3f}" if run["best_map"] >= 0 else "no mAP measured"
+    say(f"{args.epochs} epochs done: {latest}, {measured}")
     distributed.tear_down()
 
 

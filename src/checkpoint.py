@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from src.model import MODELS, build_model
 from src.usage import UserError
@@ -136,16 +137,22 @@ def fill(model, weights, path):
 def fine_tune_from(model, checkpoint, classes, path):
     """Fill `model` for another task; returns one line that says what was taken.
 
-    Where the class lists differ the heads that classify (`conf`) start fresh.
+    Rows of the class heads follow the names of the classes; only those of new names start fresh.
     """
-    weights = dict(checkpoint["model_state_dict"])
-    if checkpoint["classes"] == classes:
-        fill(model, weights, path)
-        return f"{path}: all of it loaded ({checkpoint['layout']})"
-    own = model.state_dict()
-    fresh = [name for name in own if name.startswith("conf.")]
-    fill(model, weights | {name: own[name] for name in fresh}, path)
-    return (
-        f"{path}: loaded ({checkpoint['layout']}), but for the class heads:"
-        f" {len(checkpoint['classes'])} classes there, {len(classes)} others here: they start fresh"
-    )
+    known = checkpoint["classes"]
+    source = type(model)(len(known), pretrained_backbone=False)
+    fill(source, checkpoint["model_state_dict"], path)
+    weights, own = source.state_dict(), model.state_dict()
+    here = [n for n, name in enumerate(classes) if name in known]
+    there = [known.index(classes[n]) for n in here]
+    for layer, module in model.named_modules():
+        # The layer that classifies, in either model: a head's only convolution with a bias.
+        if layer.startswith("conf.") and isinstance(module, nn.Conv2d) and module.bias is not None:
+            for name in (f"{layer}.weight", f"{layer}.bias"):  # rows: class * k + shape
+                rows = own[name].unflatten(0, (len(classes), -1)).clone()
+                rows[here] = weights[name].unflatten(0, (len(known), -1))[there]
+                weights[name] = rows.flatten(0, 1)
+    model.load_state_dict(weights)
+    fresh = [name for name in classes if name not in known]
+    told = f"these start fresh: {', '.join(fresh)}" if fresh else "none starts fresh"
+    return f"{path}: loaded ({checkpoint['layout']}), class heads by name, {told}"

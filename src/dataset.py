@@ -130,6 +130,18 @@ class CocoDataset(Dataset):
                 self.read(index)
 
 
+def check_categories(data, category_ids, classes, source):
+    """UserError if CocoDataset `data` has a category that is not among these, by id and name."""
+    known = dict(zip(category_ids, classes[1:], strict=True))
+    for category, name in zip(data.category_ids, data.classes[1:], strict=True):
+        if known.get(category) != name:
+            there = f"is {known[category]!r}" if category in known else "does not exist"
+            raise UserError(
+                f"{data.annotation_file}: its category {category}, {name!r}, {there} in {source}:"
+                " ids and names must agree"
+            )
+
+
 def annotation_file(data_path, set_name):
     """Where COCO keeps the boxes of `set_name`; UserError if it is not there."""
     path = Path(data_path) / "annotations" / f"instances_{set_name}.json"
@@ -161,6 +173,11 @@ def read_annotations(path):
         ]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: an entry is not in COCO format ({error!r})") from error
+    if data["annotations"] and all(max(a["bbox"][2:]) < 2 for a in data["annotations"]):
+        raise UserError(
+            f"{path}: all its boxes are smaller than 2 pixels: give bbox as left, top, width and"
+            " height in pixels, not as fractions of the image"
+        )
     ids = [annotation.get("id", 0) for annotation in data["annotations"]]
     if not all(isinstance(i, int) and i for i in ids) or len(set(ids)) < len(ids):
         repairs["annotation ids renumbered"] = len(data["annotations"])
@@ -179,7 +196,7 @@ def check_entries(path, data, sizes):
             # Larger ids would not survive in a float, which pycocotools makes of them.
             if not (isinstance(entry["id"], int) and abs(entry["id"]) < 2**53):
                 raise UserError(f"{path}: {kind} id {entry['id']!r}: number them, below 2**53")
-            if not isinstance(entry.get(name), str):
+            if not (isinstance(entry.get(name), str) and entry[name].strip()):
                 raise UserError(f"{path}: {kind} id {entry['id']} has no {name!r}: add it")
             os.fsencode(entry[name])  # raises on half a character
     categories = {category["id"] for category in data["categories"]}
@@ -188,6 +205,11 @@ def check_entries(path, data, sizes):
             counts = Counter(entry["id"] for entry in data[kind])
             twice = counts.most_common(1)[0][0]
             raise UserError(f"{path}: id {twice} stands twice in its {kind}: remove one")
+    names = Counter(category["name"] for category in data["categories"])
+    for name in names:
+        if names[name] > 1:
+            same = [category["id"] for category in data["categories"] if category["name"] == name]
+            raise UserError(f"{path}: categories {same} are all called {name!r}: rename or merge")
     for image_id, size in sizes.items():
         if not all(isinstance(v, (int, float)) and 0 < v < 2**31 and v == int(v) for v in size):
             raise UserError(f"{path}: image {image_id} has the size {size}: give its pixels")

@@ -155,6 +155,8 @@ def coco_metrics(truth, results):
 
 
 def metrics_table(metrics):
-    """The twelve figures as lines to print."""
+    """The twelve figures as lines to print, or one line if they are all -1."""
+    if metrics["AP"] < 0:
+        return "nothing to measure: the set has no boxes"
     rows = [METRICS[:3], METRICS[3:6], METRICS[6:9], METRICS[9:]]
     return "\n".join("  ".join(f"{name:>5} {metrics[name]:.3f}" for name in row) for row in rows)

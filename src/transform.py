@@ -10,14 +10,22 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from PIL import ExifTags, Image
 
 from src.usage import UnreadablePicture
 
 INPUT_SIZE = 300  # pixels, both sides: SSD300
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+UPRIGHT = {  # EXIF 2.3, tag 274: what turns a stored image the way it is meant to be seen
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision's ColorJitter
 
 
@@ -27,18 +35,18 @@ def read_image(path, upright=True):
     Raises UnreadablePicture where there is no picture to be had.
     """
     with open_picture(path) as picture:
-        if picture.format == "JPEG":
-            data = read_file(str(path))
-            pixels = decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=upright)
-            return pixels.permute(1, 2, 0).numpy()
-        # Not torchvision for PNG: a corrupt one ends the whole process (seen in 0.29.1).
-        if upright:
-            picture = ImageOps.exif_transpose(picture)
+        picture.load()
+        # Not ImageOps.exif_transpose: it rewrites the EXIF block, and fails at an odd tag in it.
+        turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+        if upright and turn is not None:
+            picture = picture.transpose(turn)
         if picture.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         if picture.mode == "P":  # by way of RGBA: a palette may hold transparent colours
             picture = picture.convert("RGBA")
-        return np.array(picture.convert("RGB"))
+        if picture.mode != "RGB":  # else it would be copied
+            picture = picture.convert("RGB")
+        return np.array(picture)
 
 
 def picture_size(path):
@@ -55,15 +63,13 @@ def open_picture(path):
             yield picture
     except FileNotFoundError as error:
         raise UnreadablePicture(f"{path}: no such picture") from error
-    # What Pillow's many decoders and torchvision raise on a broken file.
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise UnreadablePicture(
+            f"{path}: more than {limit} million pixels: scale it down, or cut it into tiles"
+        ) from error
+    # What Pillow's many decoders raise on a broken file.
+    except (OSError, ValueError, RuntimeError, SyntaxError, EOFError) as error:
         reason = (
             str(error).splitlines()[0].replace(str(path), "file") if str(error) else "broken file"
         )

@@ -2,8 +2,10 @@
 
 import argparse
 import errno
+import io
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def number(kind, low, high=math.inf):
 
 
 def make_writable(option, path, inputs=()):
-    """Make sure that a file can be written at `path`: its folder is made if the parent exists.
+    """Make sure that a file can be written at `path`: its folder is made, with all above it.
 
     UserError if it cannot, or if it is one of the `inputs` (paths that may not exist).
     """
@@ -68,18 +70,53 @@ def make_writable(option, path, inputs=()):
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file's name")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot make its folder ({error.strerror})") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{option} {path}: may not be written; choose another place")
 
 
+def quit_on_ctrl_c():
+    """End at once on Ctrl-C, silently, with status 130: until `run`, which can do better.
+
+    An exception could be raised anywhere within an import, and turned into another one there.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+class LossyFile(io.FileIO):
+    """A file that drops what nobody can read any more: its reader ended, its terminal closed."""
+
+    def write(self, data):
+        """Write bytes; returns how many are done with."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return len(data)
+
+
+def lossy(stream):
+    """A text stream that writes to the same place as `stream`, into a LossyFile."""
+    file = io.BufferedWriter(LossyFile(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(
+        file, stream.encoding, stream.errors, line_buffering=stream.line_buffering
+    )
+
+
 def run(main):
     """Call `main`; a UserError or a full disk becomes one line on standard error and status 2.
 
-    Ctrl-C, where a script does not see to it itself, ends it with status 130.
+    Ctrl-C, where a script does not see to it itself, ends it with status 130. A lost standard
+    output or error (`| head`, a closed terminal) does not end it.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout is sys.__stdout__ is not None:  # neither redirected nor closed
+        sys.stdout = lossy(sys.stdout)
+    if sys.stderr is sys.__stderr__ is not None:
+        sys.stderr = lossy(sys.stderr)
     try:
         main()
     except KeyboardInterrupt:

@@ -28,25 +28,42 @@ def draw_detections(image, boxes, labels, scores, classes):
         corners = np.round(np.asarray(boxes[k])).astype(int).reshape(2, 2)
         first, last = corners.clip(0, (width - 1, height - 1)).tolist()  # on the last pixel too
         cv2.rectangle(image, first, last, class_colour(int(labels[k])), thickness)
+    texts = [classes[int(label)] for label in labels]
+    if scores is not None:
+        texts = [f"{text} {float(score):.2f}" for text, score in zip(texts, scores, strict=True)]
+    plates = place_labels(texts, boxes, size, (width, height))
     for k in order:
-        text = classes[int(labels[k])]
-        if scores is not None:
-            text += f" {float(scores[k]):.2f}"
-        draw_label(image, text, boxes[k], class_colour(int(labels[k])), size)
+        draw_label(image, texts[k], plates[k], class_colour(int(labels[k])), size)
     return image
 
 
-def draw_label(image, text, box, colour, size):
-    """Write `text` on a plate above `box` (4,), in place; inside the box where there is no room."""
+def place_labels(texts, boxes, size, frame):
+    """Plates [left, top, right, bottom] for `texts` above their boxes, or inside for want of room.
+
+    One that would cover an earlier one moves down, as long as the frame (width, height) has room.
+    """
+    (width, height), plates, font = frame, [], cv2.FontFace("sans")
+    for text, box in zip(texts, boxes, strict=True):
+        _, _, text_w, _ = cv2.getTextSize(frame, text, (0, 0), font, size)
+        plate_w, plate_h = text_w + size // 2, round(size * 1.4)
+        x = min(max(0, round(float(box[0]))), max(0, width - plate_w))
+        y = round(float(box[1])) - plate_h
+        if y < 0:
+            y = min(max(0, round(float(box[1]))), max(0, height - plate_h))
+        free = y
+        for left, top, right, bottom in sorted(plates, key=lambda plate: plate[1]):
+            if left <= x + plate_w and x <= right and top <= free + plate_h and free <= bottom:
+                free = bottom + 1
+        y = free if free + plate_h <= height else y
+        plates.append((x, y, x + plate_w, y + plate_h))
+    return plates
+
+
+def draw_label(image, text, plate, colour, size):
+    """Write `text` on a plate [left, top, right, bottom], in place."""
     font = cv2.FontFace("sans")  # comes with OpenCV: Latin, Cyrillic, Greek, CJK and more
-    height, width = image.shape[:2]
-    _, _, text_w, _ = cv2.getTextSize((width, height), text, (0, 0), font, size)
-    plate_w, plate_h = text_w + size // 2, round(size * 1.4)
-    x = min(max(0, round(float(box[0]))), max(0, width - plate_w))
-    y = round(float(box[1])) - plate_h
-    if y < 0:
-        y = min(max(0, round(float(box[1]))), max(0, height - plate_h))
-    cv2.rectangle(image, (x, y), (x + plate_w, y + plate_h), colour, cv2.FILLED)
+    x, y = plate[:2]
+    cv2.rectangle(image, plate[:2], plate[2:], colour, cv2.FILLED)
     # Black where it has the higher contrast: relative luminance above 0.179 (WCAG 2).
     luminance = np.dot((np.array(colour) / 255) ** 2.2, (0.2126, 0.7152, 0.0722))
     ink = (0, 0, 0) if luminance > 0.179 else (255, 255, 255)

@@ -356,19 +356,40 @@ def test_fine_tuning_for_the_same_classes_takes_everything(lite):
     assert line.startswith("some.pth") and "some layout" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("classes", [["background", "cat", "cow"], ["background", "a", "b", "c"]])
-def test_fine_tuning_for_other_classes_keeps_all_but_the_class_heads(lite, classes):
-    # As many other classes fit in shape, and mean something else all the same.
-    model = build_model("ssdlite", len(classes), pretrained_backbone=False)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights = marked(lite)
-    source = {"model_state_dict": dict(weights), "classes": CLASSES, "layout": "some layout"}
-    line = fine_tune_from(model, source, classes, "some.pth")
-    for name, value in model.state_dict().items():
-        fresh = name.startswith("conf.")
-        assert torch.equal(value, before[name] if fresh else weights[name]), name
-    assert f"{len(CLASSES)} classes" in line and f"{len(classes)} others here" in line
-    assert same(source["model_state_dict"], weights)
+@pytest.mark.parametrize(
+    "name, classes, fresh",
+    [
+        ("ssd", ["dog", "cat"], []),  # another order
+        ("ssdlite", ["dog"], []),  # a subset
+        ("ssdlite", ["cow", "dog"], ["cow"]),  # as many classes, of which one is new
+        ("ssd", ["emu", "dog", "cow", "cat"], ["emu", "cow"]),
+    ],
+)
+def test_rows_of_the_class_heads_follow_the_names(name, classes, fresh):
+    torch.manual_seed(0)
+    classes = ["background", *classes]
+    source = build_model(name, len(CLASSES), pretrained_backbone=False).eval()
+    for p in source.conf.parameters():
+        p.data += 0.1 * torch.randn_like(p)  # biases start as zeros: theirs would show nothing
+    model = build_model(name, len(classes), pretrained_backbone=False).eval()
+    before = copy.deepcopy(model.conf)
+    state = {"model_state_dict": source.state_dict(), "classes": CLASSES, "layout": "some layout"}
+    line = fine_tune_from(model, state, classes, "some.pth")
+    assert line.startswith("some.pth: ") and "(some layout)" in line and "\n" not in line
+    assert line.endswith(f": {', '.join(fresh)}" if fresh else "none starts fresh")
+    images = torch.randn(1, 3, 300, 300)
+    with torch.inference_mode():
+        (loc, logits), (old_loc, old_logits) = model(images), source(images)
+    torch.testing.assert_close(loc, old_loc)
+    for n, known in enumerate(classes):
+        if known not in fresh:
+            expected = old_logits[..., CLASSES.index(known)]
+            torch.testing.assert_close(logits[..., n], expected, rtol=1e-3, atol=1e-3)
+    for head, old in zip(model.conf.modules(), before.modules(), strict=True):
+        if isinstance(head, torch.nn.Conv2d) and head.groups == 1:
+            for n in map(classes.index, fresh):
+                row, own = (conv.weight.unflatten(0, (len(classes), -1))[n] for conv in (head, old))
+                assert torch.equal(row, own)
 
 
 def test_fine_tuning_from_another_model_is_a_users_error(lite, coco_weights):

@@ -12,7 +12,13 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
 from src.boxes import Encoder, make_default_boxes
-from src.dataset import CocoDataset, TrainSampler, ground_truth, read_annotations
+from src.dataset import (
+    CocoDataset,
+    TrainSampler,
+    check_categories,
+    ground_truth,
+    read_annotations,
+)
 from src.usage import UnreadablePicture, UserError
 
 CATEGORIES = [{"id": 44, "name": "cup"}, {"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
@@ -228,6 +234,9 @@ FATAL = {
     "category no object": ({"categories": ["cat"]}, ""),
     "category without id": ({"categories": [{"name": "cat"}]}, "id"),
     "category without name": ({"categories": [{"id": 7}]}, "name"),
+    "category without a letter": ({"categories": CATEGORIES + [{"id": 9, "name": " "}]}, "9"),
+    "name twice": ({"categories": CATEGORIES + [{"id": 9, "name": "cat"}]}, "[2, 9]"),
+    "boxes in fractions": ({"annotations": [box(10, [0.1, 0.2, 0.5, 1.0])] * 2}, "pixels"),
     "category ids of two kinds": ({"categories": CATEGORIES + [{"id": "x", "name": "x"}]}, ""),
 }  # fmt: skip
 
@@ -242,6 +251,24 @@ def test_a_file_that_makes_no_sense_is_a_users_error(tmp_path, case):
         CocoDataset(tmp_path, "set")
     assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
     assert named in str(error.value).removeprefix(str(file))
+
+
+def test_a_few_boxes_smaller_than_two_pixels_are_left_alone(tmp_path):
+    small(tmp_path, [box(10, [1, 1, 1, 1]), box(10, [5, 5, 1, 2])])
+    assert len(CocoDataset(tmp_path, "set").boxes) == 2
+
+
+def test_categories_may_be_fewer_but_must_agree_in_id_and_name(tmp_path):
+    small(tmp_path, categories=[{"id": 44, "name": "cup"}, {"id": 7, "name": "dog"}])
+    data = CocoDataset(tmp_path, "set")
+    check_categories(data, [2, 7, 44], ["background", "cat", "dog", "cup"], "other.json")
+    for ids, names, named in (
+        ([2, 7, 44], ["cat", "hound", "cup"], "7, 'dog', is 'hound' in other.json"),
+        ([7, 45], ["dog", "cup"], "44, 'cup', does not exist in other.json"),
+    ):
+        with pytest.raises(UserError) as error:
+            check_categories(data, ids, ["background", *names], "other.json")
+        assert named in str(error.value) and str(data.annotation_file) in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{'images': 1}", b"\xff\xfe\x00", b"[1, 2]", b"7"])

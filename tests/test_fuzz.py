@@ -126,6 +126,7 @@ def pictures():
     picture = Image.fromarray(ramp.astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
+    exif.update({0x010F: "a maker", 0x0128: 2, 0x011A: 72.0, 0x0132: "2026:11:25 12:00:00"})
     for kind, options in (
         ("JPEG", {"exif": exif}),
         ("JPEG", {"progressive": True}),

@@ -5,10 +5,12 @@ The networks that main makes are real; training and evaluation are spies that no
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -23,6 +25,7 @@ from src import distributed
 from src.engine import METRICS
 from src.model import build_model
 from src.transform import read_image, resize
+from src.visualize import class_colour
 
 SHARED = Path(__file__).parents[2] / "shared"
 IMAGENET_FILE = "mobilenet_v2-7ebf99e0.pth"  # the name under which torchvision keeps its weights
@@ -143,6 +146,22 @@ def test_training_starts_from_imagenets_features(imagenet_network):
         assert last.std() > 0.1  # 6e-9 in an untrained network
 
 
+def test_a_closed_terminal_stops_a_run_but_for_nohup():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        received = train.stop_on_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        received = train.stop_on_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGHUP]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def spied_main(rank, world_size, port, options, maps, file):
     """Run train.main, whose epochs score the figures of `maps`; save what was handed on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -207,6 +226,42 @@ def test_main_hands_on_its_options_and_keeps_the_best(run_main, tmp_path):
         state = torch.load(tmp_path / f"ssdlite{end}.pth", weights_only=True)
         assert (state["epoch"], state["best_map"]) == (finished, 0.3)
         assert state["samples_seen"] == 0
+
+
+def test_a_validation_set_without_a_box_keeps_the_latest_as_best(run_main, tmp_path, capfd):
+    run_main(1, [-1.0, -1.0])  # what pycocotools gives where there is nothing to find
+    said = capfd.readouterr().out
+    assert "nothing to measure" in said and "no mAP measured" in said and "-1.000" not in said
+    assert torch.load(tmp_path / "ssdlite_best.pth", weights_only=True)["epoch"] == 2
+
+
+class OneCup:
+    """A validation set of one image, on which there is one cup, the only category."""
+
+    category_ids = [44]
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return (np.zeros((300, 300, 3), np.uint8),)
+
+    def objects(self, index):
+        return np.array([[0.2, 0.2, 0.8, 0.8]], np.float32), np.array([1])
+
+
+def test_truth_of_a_set_with_fewer_categories_has_their_colours():
+    drawn = []
+    log = SimpleNamespace(add_image=lambda tag, image, *_, **__: drawn.append(image))
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
+    detector = SimpleNamespace(
+        classes=["background", "cat", "dog", "cup"],
+        category_ids=[2, 7, 44],
+        detect_resized=lambda *_, **__: [nothing],
+    )
+    train.write_pictures(log, detector, OneCup(), 0)
+    edge = drawn[0][61:240, 300 + 240]  # the right edge of the box, in the right half
+    assert (edge == class_colour(3)).all(axis=1).mean() > 0.9
 
 
 def test_main_leaves_amp_and_zoom_out_off(run_main):

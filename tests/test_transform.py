@@ -464,6 +464,41 @@ def test_exif_orientation(tmp_path, orientation, name):
     assert np.abs(coarse(as_stored) - coarse(stored)).mean() < 5
 
 
+def jpeg_segment(kind, content):
+    """An APP segment as JPEG stores it: its marker, its length, its content."""
+    return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content
+
+
+def test_orientation_of_a_jpeg_whose_xmp_precedes_its_exif(tmp_path):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # seen turned by 90 degrees clockwise
+    Image.fromarray(scene(60, 90)).save(file, "JPEG", exif=exif)
+    data, stored = file.getvalue(), np.asarray(Image.open(file))
+    xmp = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta></x:xmpmeta>")
+    (tmp_path / "a.jpg").write_bytes(data[:2] + xmp + data[2:])
+    np.testing.assert_array_equal(transform.read_image(tmp_path / "a.jpg"), np.rot90(stored, -1))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif", "a.bmp", "a.tif"])
+def test_reading_warns_of_nothing(tmp_path, name):
+    Image.fromarray(scene()).save(tmp_path / name)
+    assert transform.read_image(tmp_path / name).shape == scene().shape
+
+
+@pytest.mark.parametrize("kind", [1, 4, 7])
+def test_an_odd_exif_tag_does_not_hide_the_image(tmp_path, kind):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x0128] = 6, 2  # the second, the unit of resolution, is a SHORT: 3
+    Image.new("RGB", (50, 40)).save(file, "JPEG", exif=exif)
+    data = file.getvalue()
+    assert data.count(b"\x01\x28\x00\x03") == 1
+    (tmp_path / "a.jpg").write_bytes(
+        data.replace(b"\x01\x28\x00\x03", bytes([0x01, 0x28, 0x00, kind]))
+    )
+    assert transform.read_image(tmp_path / "a.jpg").shape == (50, 40, 3)
+
+
 def png_header(width, height):
     """A PNG file that promises a picture of this size and holds nothing."""
     chunk = lambda kind, data: (  # noqa: E731
@@ -506,6 +541,17 @@ def test_what_is_no_picture_is_a_users_error_that_names_the_file(tmp_path, name)
         assert str(error.value).startswith(str(tmp_path / name))
         assert str(error.value).count(str(tmp_path)) == 1
         assert "\n" not in str(error.value)
+        assert ".cpp" not in str(error.value)  # a decoder's own source file
+
+
+def test_an_image_of_too_many_pixels_is_told_what_to_do(tmp_path):
+    for name, data in (
+        ("a.png", png_header(17_000, 11_000)),
+        ("a.jpg", jpeg_of_size(17_000, 11_000)),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{name}: more than 178 million pixels: scale it down"):
+            transform.read_image(tmp_path / name)
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -2,9 +2,12 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from runs import ROOT
 from torch.utils.data import DataLoader, Dataset
 
 from src import usage
@@ -165,7 +168,9 @@ def test_a_main_that_ends_well_says_nothing(capsys):
 def test_make_writable_makes_the_folder_and_no_file(tmp_path):
     usage.make_writable("--output", tmp_path / "new" / "a.json")
     usage.make_writable("--output", str(tmp_path / "b.json"))
-    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == []
+    usage.make_writable("--output", tmp_path / "new" / "several" / "levels" / "deep" / "c.json")
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["several"]
+    assert os.listdir(tmp_path / "new" / "several" / "levels" / "deep") == []
 
 
 def test_make_writable_keeps_an_old_file(tmp_path):
@@ -177,7 +182,7 @@ def test_make_writable_keeps_an_old_file(tmp_path):
 def test_make_writable_refuses_what_cannot_be_a_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    for path in ("folder", "file/a.json", "no/such/a.json", "file/deeper/a.json"):
+    for path in ("folder", "file/a.json", "file/deeper/a.json"):
         with pytest.raises(UserError) as error:
             usage.make_writable("--json", tmp_path / path)
         assert str(error.value).startswith(f"--json {tmp_path / path}")
@@ -196,3 +201,49 @@ def test_make_writable_refuses_what_is_read_only(tmp_path):
                 usage.make_writable("--json", tmp_path / name)
     finally:
         tmp_path.chmod(0o700)
+
+
+# A lost standard output or error
+
+TALK = """
+import sys
+from tqdm import tqdm
+from src import usage
+
+def main():
+    for n in tqdm(range(3), mininterval=0):
+        print("some text" * 10**5, flush=True)
+    print("unflushed")
+    open(sys.argv[1], "w").write("done")
+
+usage.run(main)
+"""
+
+
+@pytest.mark.parametrize("lost", [["stdout"], ["stdout", "stderr"]])
+def test_a_reader_that_ends_does_not_end_a_script(tmp_path, lost):
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | dict.fromkeys(lost, writer)
+    command = [sys.executable, "-c", TALK, tmp_path / "file"]
+    done = subprocess.run(command, cwd=ROOT, **streams)
+    os.close(writer)
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == "done"
+    assert done.stderr is None or b"Error" not in done.stderr
+
+
+def test_a_full_disk_under_standard_output_is_told(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has a disk that is always full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", TALK, tmp_path / "file"]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b"No space left" in done.stderr
+
+
+def test_streams_stay_what_they_were(tmp_path):
+    code = "import sys; from src import usage; usage.run(lambda: print('é', sys.stdout.encoding))"
+    for encoding in ("utf-8", "iso8859-1"):
+        env = os.environ | {"PYTHONIOENCODING": encoding}
+        said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env)
+        assert said.decode(encoding).split() == ["é", encoding]

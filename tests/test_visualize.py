@@ -112,6 +112,28 @@ def test_a_labels_type_is_whole_at_every_border(size):
         assert not (type_[0].any() or type_[-1].any() or type_[:, 0].any() or type_[:, -1].any())
 
 
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[100, 60, 200, 160]] * 3,
+        [[100, 60, 200, 160], [110, 65, 190, 150], [60, 50, 150, 120]],
+        [[0, 0, 250, 190], [3, 3, 240, 180], [10, 8, 100, 100]],  # no room above
+        [[100, 60, 200, 160], [100, 90, 200, 160], [100, 75, 200, 160]],  # between two others
+    ],
+)
+def test_labels_do_not_cover_one_another(boxes):
+    labels = [1, 2, 3]
+    alone = sum(ink(draw([box], [k]), k).sum() for box, k in zip(boxes, labels, strict=True))
+    out = draw(boxes, labels)
+    colours = [(out == class_colour(label)).all(axis=2) for label in labels]
+    assert (changed(out) & ~np.any(colours, axis=0)).sum() == alone
+
+
+def test_labels_without_room_stay_in_the_picture():
+    out = draw([[10, 20, 60, 38]] * 9, [1] * 9, None, CLASSES, (40, 70))
+    assert np.array_equal(out, draw([[10, 20, 60, 38]] * 3, [1] * 3, None, CLASSES, (40, 70)))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20, 20), (8, 300), (300, 8)])
 def test_tiny_pictures_are_drawn_on(size):
     for box in borders(*size, 5):
