@@ -9,10 +9,10 @@ from src import usage
 if __name__ == "__main__":
     usage.quit_on_ctrl_c()  # the imports below take seconds
 
+import itertools
 import json
 import math
 import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,8 +50,9 @@ def open_video(source):
     is_camera = source.isdecimal() and not Path(source).exists()
     if not is_camera and (not Path(source).exists() or Path(source).is_dir()):
         raise UserError(f"--input {source}: no such video file")
-    # FFmpeg alone: another reader would wait for ever for what it has read from a named pipe.
-    video = cv2.VideoCapture(int(source)) if is_camera else cv2.VideoCapture(source, cv2.CAP_FFMPEG)
+    # A named pipe by FFmpeg alone: what another reader has tried to read from it would be lost.
+    reader = cv2.CAP_FFMPEG if Path(source).is_fifo() else cv2.CAP_ANY
+    video = cv2.VideoCapture(int(source)) if is_camera else cv2.VideoCapture(source, reader)
     ok, frame = video.read()
     if not ok:
         what = "no such camera" if is_camera else "not a video, or one without frames"
@@ -66,16 +67,19 @@ def pace(source, video):
     becomes its mean.
     """
     fps, total = video.get(cv2.CAP_PROP_FPS), max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-    times = set()
+    times = []
     if Path(source).is_file():  # cameras and named pipes cannot be read twice
         packets = cv2.VideoCapture(source, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])  # undecoded
         while packets.grab():
-            times.add(packets.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-    if len(times) > 1:
-        seconds, steps = max(times) - min(times), len(times) - 1
-        if not abs(fps * seconds - steps) <= 1:  # more than a frame apart
-            fps, total = steps / seconds, len(times)
-    return fps if fps > 0 else 25.0, total
+            times.append(packets.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    times.sort()
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    # Some containers time only some of their packets; a minute without a frame is a jump in time.
+    if gaps and min(gaps) > 0 and max(gaps) < 60:
+        seconds = times[-1] - times[0]
+        if not abs(fps * seconds - len(gaps)) <= 1:  # more than a frame apart
+            fps, total = len(gaps) / seconds, len(times)
+    return fps if 0 < fps < 10_000 else 25.0, total
 
 
 def open_writer(path, fps, frame):
@@ -91,9 +95,9 @@ def open_writer(path, fps, frame):
 
 
 def main():
-    """Read, detect, draw, write, frame by frame; nothing is kept that grows with the video."""
+    """Read, detect, draw, write, frame by frame; no frame is kept longer than that."""
     args = parse_args()
-    # What OpenCV and FFmpeg have to say is told by our error lines.
+    # Our error lines replace OpenCV's and FFmpeg's messages.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, frame = open_video(args.input)
@@ -110,8 +114,7 @@ def main():
     writer, codec = open_writer(output, fps, frame)
     lines = open(args.json, "w", encoding="utf-8") if args.json else None
     stopped = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.append(True))
+    usage.handle_signals(lambda *_: stopped.append(True))
     bar, number, ok = tqdm(total=total or None, unit="frame", leave=False), 0, True
     with ThreadPoolExecutor(2) as pool:  # reads the next frame and writes the last meanwhile
         writing = pool.submit(lambda: None)
@@ -136,7 +139,7 @@ def main():
     cut = number < total and not stopped
     print(
         f"{number} frames -> {output}, {codec}"
-        + f" (the file promises {total}: it seems cut)" * cut
+        + f" (the file promises {total}: it seems truncated)" * cut
     )
 
 

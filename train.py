@@ -67,7 +67,7 @@ def parse_args():
         help="for 32 pictures a step; scaled with their number",
     )
     add(
-        "--backbone-lr",
+        "--backbone-lr-factor",
         type=usage.number(float, 0),
         default=1.0,
         metavar="FACTOR",
@@ -140,10 +140,7 @@ def stop_on_signals():
             os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, note)
+    usage.handle_signals(note)
     return received
 
 
@@ -174,24 +171,26 @@ def make_folders(args):
 
 
 def lock(file):
-    """Let no other run hold lock `file` until this process ends; returns who holds it, if any."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)  # open for as long as the process lives
+    """Let no other run hold lock `file` until this process ends; returns who holds it, or ""."""
     try:
-        # A POSIX lock: killed processes lose it, and forked workers that outlive them never had it.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # never closed
+        # A POSIX lock: released when the process dies; forked workers do not inherit it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         return os.read(descriptor, 999).decode() or "another run"
-    except OSError as error:  # not every network file system has locks
+    except OSError as error:  # another user's file, or a network file system without locks
         say(f"{file}: no lock ({error.strerror}); make sure that no other run uses this folder")
+        return ""
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return ""
 
 
 def lock_save_folder(args):
     """UserError if another run trains this model into --save-folder; every process ends then."""
-    holder = (
-        lock(Path(args.save_folder) / f"{args.model}.lock") if distributed.rank() == 0 else None
-    )
+    holder = ""
+    if distributed.rank() == 0:
+        holder = lock(Path(args.save_folder) / f"{args.model}.lock")
     if distributed.total([float(bool(holder))])[0]:
         if not holder:
             sys.exit(2)  # rank 0 says why
@@ -288,7 +287,7 @@ def make_optimizer(network, args, state):
                 if (p.ndim > 1) == decays and name.startswith(backbone) == in_backbone
             ],
             "weight_decay": args.weight_decay if decays else 0.0,
-            "lr_factor": args.backbone_lr if in_backbone else 1.0,
+            "lr_factor": args.backbone_lr_factor if in_backbone else 1.0,
         }
         for decays in (True, False)
         for in_backbone in (True, False)

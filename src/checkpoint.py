@@ -143,8 +143,9 @@ def fine_tune_from(model, checkpoint, classes, path):
     source = type(model)(len(known), pretrained_backbone=False)
     fill(source, checkpoint["model_state_dict"], path)
     weights, own = source.state_dict(), model.state_dict()
-    here = [n for n, name in enumerate(classes) if name in known]
-    there = [known.index(classes[n]) for n in here]
+    # Row 0 is ours; a category of the user's may be called "background", too.
+    here = [0, *(n for n, name in enumerate(classes) if n > 0 and name in known[1:])]
+    there = [0, *(known.index(classes[n], 1) for n in here[1:])]
     for layer, module in model.named_modules():
         # The layer that classifies, in either model: a head's only convolution with a bias.
         if layer.startswith("conf.") and isinstance(module, nn.Conv2d) and module.bias is not None:
@@ -153,6 +154,6 @@ def fine_tune_from(model, checkpoint, classes, path):
                 rows[here] = weights[name].unflatten(0, (len(known), -1))[there]
                 weights[name] = rows.flatten(0, 1)
     model.load_state_dict(weights)
-    fresh = [name for name in classes if name not in known]
+    fresh = [name for n, name in enumerate(classes) if n not in here]
     told = f"these start fresh: {', '.join(fresh)}" if fresh else "none starts fresh"
     return f"{path}: loaded ({checkpoint['layout']}), class heads by name, {told}"

@@ -173,7 +173,7 @@ def read_annotations(path):
         ]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: an entry is not in COCO format ({error!r})") from error
-    if data["annotations"] and all(max(a["bbox"][2:]) < 2 for a in data["annotations"]):
+    if data["annotations"] and all(max(a["bbox"]) < 2 for a in data["annotations"]):
         raise UserError(
             f"{path}: all its boxes are smaller than 2 pixels: give bbox as left, top, width and"
             " height in pixels, not as fractions of the image"

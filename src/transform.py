@@ -17,7 +17,7 @@ from src.usage import UnreadablePicture
 INPUT_SIZE = 300  # pixels, both sides: SSD300
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-UPRIGHT = {  # EXIF 2.3, tag 274: what turns a stored image the way it is meant to be seen
+UPRIGHT = {  # EXIF 2.3, tag 274: what turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -59,7 +59,8 @@ def picture_size(path):
 def open_picture(path):
     """Pillow's Image of a file, header read; UnreadablePicture from anything wrong within."""
     try:
-        with Image.open(path) as picture:  # refuses picture bombs
+        # By file, not by name: Pillow would map an uncompressed TIFF and shear a turned one.
+        with open(path, "rb") as file, Image.open(file) as picture:  # refuses picture bombs
             yield picture
     except FileNotFoundError as error:
         raise UnreadablePicture(f"{path}: no such picture") from error

@@ -82,7 +82,18 @@ def quit_on_ctrl_c():
 
     An exception could be raised anywhere within an import, and turned into another one there.
     """
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    handle_signals(lambda *_: os._exit(130), [signal.SIGINT])
+
+
+# Those that ask a script to end: Ctrl-C, kill, a closed terminal (which Windows does not tell).
+ENDING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
+def handle_signals(handler, numbers=ENDING):
+    """Let `handler` take these signals, but for those that are ignored, as under `nohup`."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class LossyFile(io.FileIO):
@@ -100,10 +111,10 @@ class LossyFile(io.FileIO):
 
 def lossy(stream):
     """A text stream that writes to the same place as `stream`, into a LossyFile."""
+    stream.flush()
     file = io.BufferedWriter(LossyFile(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(
-        file, stream.encoding, stream.errors, line_buffering=stream.line_buffering
-    )
+    by_line = stream.line_buffering or stream.write_through  # the latter: PYTHONUNBUFFERED
+    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=by_line)
 
 
 def run(main):
@@ -112,7 +123,7 @@ def run(main):
     Ctrl-C, where a script does not see to it itself, ends it with status 130. A lost standard
     output or error (`| head`, a closed terminal) does not end it.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handle_signals(signal.default_int_handler, [signal.SIGINT])
     if sys.stdout is sys.__stdout__ is not None:  # neither redirected nor closed
         sys.stdout = lossy(sys.stdout)
     if sys.stderr is sys.__stderr__ is not None:

@@ -392,6 +392,19 @@ def test_rows_of_the_class_heads_follow_the_names(name, classes, fresh):
                 assert torch.equal(row, own)
 
 
+def test_a_category_called_background_is_not_ours():
+    torch.manual_seed(0)
+    classes = ["background", "background", "dog"]
+    source = build_model("ssdlite", 3, pretrained_backbone=False)
+    for p in source.conf.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model = build_model("ssdlite", 3, pretrained_backbone=False)
+    state = {"model_state_dict": source.state_dict(), "classes": classes, "layout": "some layout"}
+    line = fine_tune_from(model, state, classes, "some.pth")
+    assert line.endswith("none starts fresh")
+    assert same(dict(model.state_dict()), dict(source.state_dict()))
+
+
 def test_fine_tuning_from_another_model_is_a_users_error(lite, coco_weights):
     source = {"model_state_dict": coco_weights, "classes": ["background"], "layout": "x"}
     model, before = copy.deepcopy(lite), dict(lite.state_dict())

@@ -292,7 +292,14 @@ def test_a_variable_rate_becomes_its_mean(detect, tmp_path, capfd):
     (tmp_path / "clip.webm").write_bytes(data)
     frames, rate = detect(tmp_path / "clip.webm")
     assert len(frames) == 6 and 5 / rate == pytest.approx(1.540, rel=1e-3)
-    assert "seems cut" not in capfd.readouterr().out
+    assert "truncated" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("codec", ["mpg1", "mpg2"])
+def test_packets_without_a_time_of_their_own_do_not_change_the_rate(detect, tmp_path, codec):
+    make_video(tmp_path / "clip.mpg", 60, codec, rate=25)  # an MPEG program stream
+    frames, rate = detect(tmp_path / "clip.mpg")
+    assert len(frames) >= 55 and rate == pytest.approx(25)
 
 
 def test_an_animation_of_odd_size_has_its_frames_and_colours(detect, tmp_path):

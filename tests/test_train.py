@@ -67,7 +67,7 @@ def test_warm_up_takes_the_first_epoch_at_most():
 
 def optimizer_options(**changed):
     """What make_optimizer reads of the command line."""
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "backbone_lr": 1.0}
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "backbone_lr_factor": 1.0}
     return SimpleNamespace(**options | changed)
 
 
@@ -86,9 +86,9 @@ def test_weights_decay_but_biases_and_batch_norm_do_not(name):
 
 
 @pytest.mark.parametrize("name", ["ssd", "ssdlite"])
-def test_the_backbone_alone_takes_backbone_lr(name):
+def test_the_backbone_alone_takes_backbone_lr_factor(name):
     network = build_model(name, 4, pretrained_backbone=False)
-    optimizer = train.make_optimizer(network, optimizer_options(backbone_lr=0.03), None)
+    optimizer = train.make_optimizer(network, optimizer_options(backbone_lr_factor=0.03), None)
     factors = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
     backbone = network.feature_extractor if name == "ssd" else network.backbone
     assert {factors.pop(id(p)) for p in backbone.parameters()} == {0.03}
@@ -106,7 +106,7 @@ def test_momentum_of_checkpoints_with_two_groups_finds_its_weights(name):
     old = torch.optim.SGD([{"params": weights}, {"params": others}], 0.1, momentum=0.9)
     for number, p in enumerate([*weights, *others]):
         old.state[p]["momentum_buffer"] = torch.full_like(p, number)
-    options = optimizer_options(backbone_lr=0.03)
+    options = optimizer_options(backbone_lr_factor=0.03)
     optimizer = train.make_optimizer(network, options, {"optimizer": old.state_dict()})
     for number, p in enumerate([*weights, *others]):
         assert (optimizer.state[p]["momentum_buffer"] == number).all()

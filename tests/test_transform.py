@@ -464,6 +464,18 @@ def test_exif_orientation(tmp_path, orientation, name):
     assert np.abs(coarse(as_stored) - coarse(stored)).mean() < 5
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_uncompressed_tiff_is_turned_whatever_its_mode(tmp_path, orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(scene(60, 90)).convert(mode)
+    stored.save(tmp_path / "a.tif", exif=exif)
+    turns = {1: 0, 3: 2, 6: -1, 8: 1}  # EXIF 2.3, tag 274, in quarters to the left
+    expected = np.rot90(np.array(stored.convert("RGB")), turns[orientation])
+    np.testing.assert_array_equal(transform.read_image(tmp_path / "a.tif"), expected)
+
+
 def jpeg_segment(kind, content):
     """An APP segment as JPEG stores it: its marker, its length, its content."""
     return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,27 @@ def test_a_reader_that_ends_does_not_end_a_script(tmp_path, lost):
     os.close(writer)
     assert done.returncode == 0 and (tmp_path / "file").read_text() == "done"
     assert done.stderr is None or b"Error" not in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_line_on_standard_error_survives_a_sudden_end(unbuffered):
+    # With PYTHONUNBUFFERED as without: a warning before the kernel kills the process, say.
+    code = "import os, sys; from src import usage\n"
+    code += "usage.run(lambda: (print('told', file=sys.stderr), os._exit(7)))"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 7 and done.stderr == b"told\n"
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `python train.py &` in a script
+        usage.quit_on_ctrl_c()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_under_standard_output_is_told(tmp_path):
