@@ -1,4 +1,4 @@
-# make demo   train SSDLite on the sample data set and draw what it finds (nine minutes on two CPU cores)
+# make demo   train SSDLite on the sample data set and draw what it finds (about six minutes on two CPU cores)
 # make test   ruff and pytest
 # make figures  train longer and make what is shown in demo/, but tensorboard.png (AMP=--amp: half precision, if the CPU can)
 
