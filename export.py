@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     sys.exit(usage.complain(f"{error.name} is missing: pip install -r requirements-export.txt"))
 
 OPSET = 18  # the first whose Resize has antialiasing
-IR_VERSION = 10
+IR_VERSION = 10  # of the file format; what torch writes
 HEADER = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>\n'
 
 # What comes before the network, in ONNX's own notation. `exclude_outside`: the weights of pixels
@@ -71,10 +71,10 @@ after (float[D, 4] all_boxes, float[K, D] all_scores, int64[3] shape,
     high = Constant <value_float = 1.0> ()
     relative_boxes = Gather (kept_boxes, order)
     clipped_boxes = Clip (relative_boxes, low, high)
-    xyxy = Constant <value_ints = [1, 0, 1, 0]> ()                      # of shape H, W, 3
-    sides = Gather (shape, xyxy)
-    pixels_per_side = Cast <to = 1> (sides)
-    boxes = Mul (clipped_boxes, pixels_per_side)
+    width_height_twice = Constant <value_ints = [1, 0, 1, 0]> ()        # of shape: H, W, 3
+    sides = Gather (shape, width_height_twice)
+    float_sides = Cast <to = 1> (sides)                                 # 1: float32
+    boxes = Mul (clipped_boxes, float_sides)
 }
 """
 
@@ -97,20 +97,25 @@ def export(detector):
     network = Network(detector).eval()
     pixels = torch.zeros(1, INPUT_SIZE, INPUT_SIZE, 3, dtype=torch.uint8)
     normalize(pixels)  # which keeps its constants: real ones, not the tracer's
-    names = {"input_names": ["pixels"], "output_names": ["all_boxes", "all_scores"]}
+    outputs = ["all_boxes", "all_scores"]
     program = torch.onnx.export(
-        network, (pixels,), dynamo=True, opset_version=OPSET, verbose=False, **names
+        network,
+        (pixels,),
+        dynamo=True,
+        opset_version=OPSET,
+        verbose=False,
+        input_names=["pixels"],
+        output_names=outputs,
     )
     middle = program.model_proto
     middle.ir_version = IR_VERSION
     for node in middle.graph.node:
-        node.ClearField("metadata_props")  # paths and line numbers of this machine
+        node.ClearField("metadata_props")  # paths and lines of the source on this machine
     before, after = (onnx.parser.parse_model(HEADER + text) for text in (BEFORE, AFTER))
-    model = onnx.compose.merge_models(before, middle, io_map=[("pixels", "pixels")])
-    names = ("all_boxes", "all_scores", "shape")
-    model = onnx.compose.merge_models(model, after, io_map=[(name, name) for name in names])
-    metadata = {"model": detector.name, "classes": json.dumps(detector.classes)}
-    onnx.helper.set_model_props(model, metadata)
+    model = onnx.compose.merge_models(before, middle, [("pixels", "pixels")])
+    model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
+    about = {"model": detector.name, "classes": json.dumps(detector.classes)}
+    onnx.helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
     return model
 
