@@ -114,6 +114,7 @@ def export(detector):
     before, after = (onnx.parser.parse_model(HEADER + text) for text in (BEFORE, AFTER))
     model = onnx.compose.merge_models(before, middle, [("pixels", "pixels")])
     model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
+    del model.opset_import[1:]  # merging repeats it
     about = {"model": detector.name, "classes": json.dumps(detector.classes)}
     onnx.helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
