@@ -45,7 +45,7 @@ test: .venv/installed-dev
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements.txt requirements-dev.txt
+.venv/installed-dev: requirements.txt requirements-export.txt requirements-dev.txt
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -18,9 +18,12 @@ import copy
 import io
 import json
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +33,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.ops import box_iou
+from torchvision.transforms.functional import to_tensor
 
 from src import shapes
 from src.boxes import Encoder, make_default_boxes, to_corners
+from src.checkpoint import save_checkpoint
 from src.dataset import CocoDataset, annotation_file, ground_truth
 from src.detector import Detector
 from src.engine import coco_metrics, coco_results, evaluate, train_one_epoch
@@ -363,6 +369,69 @@ def validation(args, device, folder, name):
     compare(f"{name} validation of {len(data)} pictures", len(data), plain, ours, 3)
 
 
+def torchvision_peer():
+    """torchvision's SSDlite at 320 x 320, random weights, scores like trained ones."""
+    torch.manual_seed(0)
+    peer = ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=CLASSES
+    ).eval()
+    with torch.no_grad():
+        maps = list(peer.backbone(torch.randn(1, 3, 320, 320)).values())
+        scatter = peer.head(maps)["cls_logits"].std()
+        for head in peer.head.classification_head.module_list:
+            head[1].weight /= scatter
+            head[1].bias.view(-1, CLASSES)[:, 0] += 9.5
+    return peer
+
+
+def export_onnx(network, names, folder):
+    """Write a network's ONNX file with export.py; return its path."""
+    checkpoint, file = folder / "ssdlite.pth", folder / "ssdlite.onnx"
+    state = {"model": "ssdlite", "model_state_dict": network.state_dict()}
+    save_checkpoint(checkpoint, state | {"classes": names, "category_ids": list(range(1, CLASSES))})
+    command = [sys.executable, "export.py", "--pretrained-model", checkpoint, "--output", file]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
+    return file
+
+
+def deployment(args, folder):
+    """One image from pixels to detections on the CPU: Detector, its ONNX file, torchvision's."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        print("\nONNX Runtime is missing, not timed: pip install -r requirements-export.txt")
+        return
+    network, peer = network_of("ssdlite", "cpu"), torchvision_peer()
+    names, ids = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
+    detector = Detector(network, "ssdlite", names, ids, "cpu")
+    half = Detector(network, "ssdlite", names, ids, "cpu", amp=True)
+    file = export_onnx(network, names, folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    inputs = {"image": pixels, "score_threshold": np.array(0.01, np.float32)}  # Detector's own
+    print(f"\n{'ssdlite, pixels to detections, batch 1':42} {'threads':>9} {'ms':>9} {'ratio':>9}")
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        session = onnxruntime.InferenceSession(file, options)
+        ways = {
+            "Detector, float32": lambda: detector([pixels]),
+            "Detector, --amp": lambda: half([pixels]),
+            "Detector's ONNX file in ONNX Runtime": partial(session.run, None, inputs),
+            "torchvision's ssdlite320": lambda: peer([to_tensor(pixels)]),
+        }
+        # Each is called twice and timed once: by then the threads of the one before are at rest.
+        with torch.inference_mode():
+            rounds = [
+                [(way(), seconds(way))[1] for way in ways.values()] for _ in range(args.repeats)
+            ]
+        times = np.median(rounds, axis=0)
+        for way, took in zip(ways, times, strict=True):
+            print(f"{way:42} {threads:9} {1e3 * took:9.1f} {times[0] / took:8.2f}x", flush=True)
+    torch.set_num_threads(before)
+
+
 def make_coco_size(folder):
     """Annotations of train2017's size, and pictures that are empty files."""
     for name in ("annotations", "train2017"):
@@ -439,6 +508,7 @@ def main():
         shapes.make_dataset(folder, train=0, val=args.pictures)
         for name in ("ssd", "ssdlite"):
             validation(args, device, folder, name)
+        deployment(args, Path(folder))
         if args.coco_size:
             coco_size(Path(folder) / "coco")
 

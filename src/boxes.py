@@ -143,7 +143,7 @@ class Encoder:
         scores = logits[kept].softmax(dim=1)[:, 1:].T  # (C - 1, N)
         present = (scores > score_threshold).any(dim=1).nonzero().squeeze(1)  # most classes are not
         scores, order = scores[present].topk(min(max_detections, len(kept)), dim=1)
-        boxes = self._apply_offsets(loc[kept], kept)
+        boxes = self.apply_offsets(loc[kept], kept)
         survivors = [(boxes.new_zeros(0, 4), order.new_zeros(0), scores.new_zeros(0))]
         counts = (scores > score_threshold).sum(dim=1).tolist()  # scores are in descending order
         for row, (label, count) in enumerate(zip((present + 1).tolist(), counts, strict=True)):
@@ -160,7 +160,7 @@ class Encoder:
             "scores": scores[:max_detections],
         }
 
-    def _apply_offsets(self, loc, kept):
+    def apply_offsets(self, loc, kept=slice(None)):
         """The inverse of what `encode` writes: loc (N, 4) of boxes `kept` (N,) -> (N, 4) xyxy."""
         defaults = self.default_boxes.to(loc.device)[kept]
         centres = defaults[:, :2] + loc[:, :2] * self.variances[0] * defaults[:, 2:]

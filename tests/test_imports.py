@@ -38,7 +38,7 @@ def from_src(path):
 
 def test_there_are_modules_and_scripts_to_look_at():
     assert {"boxes", "model", "detector"} <= set(MODULES)
-    assert {"train", "test_dataset", "test_image", "test_video"} <= set(SCRIPTS)
+    assert {"train", "test_dataset", "test_image", "test_video", "export"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -55,7 +55,8 @@ def test_links_lead_to_files_and_to_the_lines_that_they_name():
 
 def test_there_are_commands():
     assert len(OURS) >= 10
-    scripts = {"train.py", "test_dataset.py", "test_image.py", "test_video.py", "demo/figures.py"}
+    scripts = {"train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py"}
+    scripts |= {"demo/figures.py"}
     assert scripts <= {word for command in OURS for word in command.split()}
 
 
@@ -110,4 +111,4 @@ def test_commands_run_one_after_the_other(tmp_path):
         assert run.returncode == 0, f"{shlex.join(words)}\n{run.stdout}{run.stderr}"
         assert "going on from" not in run.stdout
         print(f"RAN      {command}")
-    assert (tmp_path / "b.jpg").exists() and (tmp_path / "b.mp4").exists()
+    assert all((tmp_path / name).exists() for name in ("b.jpg", "b.mp4", "ssdlite.onnx"))

@@ -1,0 +1,140 @@
+"""Write a checkpoint's detector to one ONNX file that needs neither torch nor this repository.
+
+    python export.py --pretrained-model trained_models/ssd.pth --output ssd.onnx
+
+In: `image` uint8 (H, W, 3) RGB of any size; `score_threshold` and `nms_threshold`, float32 scalars
+that may be left out. Out: `boxes` float32 (N, 4) xyxy in pixels of that image, `labels` int64 (N,)
+from 1, `scores` float32 (N,) descending; N <= 200. Metadata: `model`, and `classes` as a JSON list,
+index 0 "background".
+"""
+
+import json
+import sys
+
+import torch
+from torch import nn
+
+from src import usage
+from src.detector import Detector
+from src.transform import INPUT_SIZE, normalize
+
+try:
+    import onnx
+    import onnxscript  # noqa: F401, torch.onnx.export needs it
+except ModuleNotFoundError as error:
+    sys.exit(usage.complain(f"{error.name} is missing: pip install -r requirements-export.txt"))
+
+OPSET = 18  # the first whose Resize has antialiasing
+IR_VERSION = 10  # of the file format; what torch writes
+HEADER = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>\n'
+
+# What comes before the network, in ONNX's own notation. `exclude_outside`: the weights of pixels
+# beyond the border are left out, as torch and Pillow do, not given to the border's pixels.
+BEFORE = """
+before (uint8[H, W, 3] image) => (uint8[1, 300, 300, 3] pixels, int64[3] shape)
+{
+    size = Constant <value_ints = [300, 300]> ()
+    first_axis = Constant <value_ints = [0]> ()
+    resized = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel",
+                      antialias = 1, exclude_outside = 1, axes = [0, 1]> (image, , , size)
+    pixels = Unsqueeze (resized, first_axis)
+    shape = Shape (image)
+}
+"""
+
+# What comes after it: Encoder.decode. To keep NMS to the best 200 of each class (K classes without
+# background), the classes are for NonMaxSuppression a batch of K images of one class.
+AFTER = """
+after (float[D, 4] all_boxes, float[K, D] all_scores, int64[3] shape,
+       float score_threshold = {0.3}, float nms_threshold = {0.5})
+    => (float[N, 4] boxes, int64[N] labels, float[N] scores)
+{
+    most = Constant <value_ints = [200]> ()
+    one = Constant <value_ints = [1]> ()
+    class_scores, best = TopK (all_scores, most)                        # (K, 200) both
+    class_boxes = Gather (all_boxes, best)                              # (K, 200, 4)
+    nms_scores = Unsqueeze (class_scores, one)                          # (K, 1, 200)
+    kept = NonMaxSuppression (class_boxes, nms_scores, most, nms_threshold, score_threshold)
+    kept_class, zero, kept_rank = Split <axis = 1, num_outputs = 3> (kept)  # (M, 1) each
+    place = Concat <axis = 1> (kept_class, kept_rank)                   # (M, 2)
+    kept_boxes = GatherND (class_boxes, place)                          # (M, 4)
+    kept_scores = GatherND (class_scores, place)                        # (M,)
+
+    found = Shape (kept_scores)
+    number = Min (found, most)
+    scores, order = TopK (kept_scores, number)                          # (N,) both
+    label_column = Gather (kept_class, order)                           # (N, 1), from 0
+    label_from_0 = Squeeze (label_column, one)
+    labels = Add (label_from_0, one)
+
+    low = Constant <value_float = 0.0> ()
+    high = Constant <value_float = 1.0> ()
+    relative_boxes = Gather (kept_boxes, order)
+    clipped_boxes = Clip (relative_boxes, low, high)
+    width_height_twice = Constant <value_ints = [1, 0, 1, 0]> ()        # of shape: H, W, 3
+    sides = Gather (shape, width_height_twice)
+    float_sides = Cast <to = 1> (sides)                                 # 1: float32
+    boxes = Mul (clipped_boxes, float_sides)
+}
+"""
+
+
+class Network(nn.Module):
+    """The part that torch exports: from resized pixels to the boxes and scores of all classes."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.model, self.encoder = detector.model, detector.encoder
+
+    def forward(self, pixels):
+        """(1, 300, 300, 3) uint8 -> (D, 4) xyxy in [0, 1] but not clipped, (K, D) scores."""
+        loc, cls_logits = self.model(normalize(pixels))
+        return self.encoder.apply_offsets(loc[0]), cls_logits[0].softmax(dim=1)[:, 1:].T
+
+
+def export(detector):
+    """Return the ONNX model (onnx.ModelProto) of a Detector on the CPU, in float32."""
+    network = Network(detector).eval()
+    pixels = torch.zeros(1, INPUT_SIZE, INPUT_SIZE, 3, dtype=torch.uint8)
+    normalize(pixels)  # which keeps its constants: real ones, not the tracer's
+    outputs = ["all_boxes", "all_scores"]
+    program = torch.onnx.export(
+        network,
+        (pixels,),
+        dynamo=True,
+        opset_version=OPSET,
+        verbose=False,
+        input_names=["pixels"],
+        output_names=outputs,
+    )
+    middle = program.model_proto
+    middle.ir_version = IR_VERSION
+    for node in middle.graph.node:
+        node.ClearField("metadata_props")  # paths and lines of the source on this machine
+    before, after = (onnx.parser.parse_model(HEADER + text) for text in (BEFORE, AFTER))
+    model = onnx.compose.merge_models(before, middle, [("pixels", "pixels")])
+    model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
+    del model.opset_import[1:]  # merging repeats it
+    about = {"model": detector.name, "classes": json.dumps(detector.classes)}
+    onnx.helper.set_model_props(model, about)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def main():
+    """Load, export, write."""
+    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
+    add("--output", required=True, help="file to write, FILE.onnx")
+    args = parser.parse_args()
+    usage.make_writable("--output", args.output, [args.pretrained_model])
+    detector = Detector.load(args.pretrained_model, device="cpu")
+    print(f"{args.pretrained_model}: {detector.layout}")
+    model = export(detector)
+    onnx.save(model, args.output)
+    print(f"{detector.name}, {len(detector.classes) - 1} classes -> {args.output}")
+
+
+if __name__ == "__main__":
+    usage.run(main)

@@ -1,0 +1,204 @@
+"""export.py: what ONNX Runtime finds with the file is what Detector finds with the checkpoint."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from reference.inputs import image, weights
+from runs import ENV, ROOT, run
+
+from src.detector import Detector
+from src.model import build_model
+from src.transform import read_image, resize
+
+DEMO = ROOT / "demo" / "ssdlite_shapes.pth"
+IMAGES = sorted((ROOT / "demo" / "pictures").glob("*.jpg"))
+CLASSES = ["background"] + [f"class {k}" for k in range(1, 8)]
+SIZES = [(1, 1), (2, 5), (300, 300), (20, 3000), (3000, 20), (640, 480), (251, 377), (3000, 4000)]
+onnxruntime.set_default_logger_severity(3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder of both models' checkpoints, ssd's in the published layout, and their ONNX files."""
+    folder = tmp_path_factory.mktemp("export")
+    network = build_model("ssd", len(CLASSES), pretrained_backbone=False)
+    shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
+    state = {name: torch.from_numpy(value) for name, value in weights(shapes).items()}
+    torch.save({"model": state, "label_map": dict(enumerate(CLASSES))}, folder / "ssd.pth")
+    shutil.copy(DEMO, folder / "ssdlite.pth")
+    for name in ("ssd", "ssdlite"):
+        files = "--pretrained-model", folder / f"{name}.pth", "--output", folder / f"{name}.onnx"
+        done = run("export.py", *files)
+        assert done.stderr == "" and str(folder / f"{name}.onnx") in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ssd", "ssdlite"])
+def pair(request, folder):
+    """The file's detect(image, **thresholds) -> dict of arrays, and the checkpoint's Detector."""
+    session = onnxruntime.InferenceSession(folder / f"{request.param}.onnx")
+
+    def detect(image, **thresholds):
+        thresholds = {name: np.array(value, np.float32) for name, value in thresholds.items()}
+        found = session.run(["boxes", "labels", "scores"], {"image": image} | thresholds)
+        return dict(zip(("boxes", "labels", "scores"), found, strict=True))
+
+    return detect, Detector.load(folder / f"{request.param}.pth", device="cpu")
+
+
+def assert_same(found, expected, pixels, score):
+    """Each of one side's detections is among the other's, but for so many pixels and so much."""
+    expected = {name: value.numpy() for name, value in expected.items()}
+    assert all(found[name].dtype == expected[name].dtype for name in expected)
+    assert all(found[name].shape == expected[name].shape for name in expected)
+    same = found["labels"][:, None] == expected["labels"]
+    same &= abs(found["boxes"][:, None] - expected["boxes"]).max(axis=2, initial=0) <= pixels
+    same &= abs(found["scores"][:, None] - expected["scores"]) <= score
+    assert same.any(axis=0).all() and same.any(axis=1).all()
+    assert (np.diff(found["scores"]) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "thresholds", [(0.3, 0.5), (0.01, 0.5), (0.0, 0.5), (0.01, 0.2), (0.01, 0.8), (0.6, 0.5)]
+)
+def test_detects_what_the_detector_detects_in_the_same_pixels(pair, thresholds):
+    detect, detector = pair
+    total = 0
+    for file in IMAGES:
+        pixels = resize(read_image(file))
+        expected = detector([pixels], *thresholds)[0]
+        found = detect(pixels, score_threshold=thresholds[0], nms_threshold=thresholds[1])
+        assert_same(found, expected, pixels=0.01, score=1e-5)
+        total += len(expected["scores"])
+    assert total > 0
+
+
+def test_the_other_sides_threshold_changes_what_is_found(folder):
+    """The test above would not see a threshold that changes nothing."""
+    detector = Detector.load(folder / "ssdlite.pth", device="cpu")
+    images = [read_image(file) for file in IMAGES]
+    counts = [
+        sum(len(found["scores"]) for found in detector(images, *thresholds))
+        for thresholds in ((0.3, 0.5), (0.01, 0.5), (0.01, 0.2), (0.01, 0.8), (0.6, 0.5))
+    ]
+    assert len(set(counts)) >= 4
+
+
+def test_boxes_are_in_pixels_of_the_image_and_thresholds_default_to_test_images(folder):
+    session = onnxruntime.InferenceSession(folder / "ssdlite.onnx")
+    detector = Detector.load(folder / "ssdlite.pth", device="cpu")
+    for file in IMAGES:
+        pixels = read_image(file)
+        assert pixels.shape[0] != pixels.shape[1]
+        boxes, labels, scores = session.run(None, {"image": pixels})
+        expected = detector([pixels], 0.3, 0.5)[0]
+        found = {"boxes": boxes, "labels": labels, "scores": scores}
+        assert_same(found, expected, pixels=0.5, score=1e-3)
+        assert len(scores) > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resizes_as_the_detector_does(folder, size):
+    """But for one level of 255: torch and ONNX Runtime round their weights differently."""
+    model = onnx.load(folder / "ssdlite.onnx")
+    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, None)
+    model.graph.output.append(pixels)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    (resized,) = session.run(["pixels"], {"image": noise})
+    difference = abs(resized[0].astype(int) - resize(noise))
+    assert resized.shape == (1, 300, 300, 3)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_lie_in_images_of_any_size(pair, size):
+    detect, detector = pair
+    if max(size) > 1000 and detector.name == "ssd":
+        pytest.skip("seen with ssdlite")
+    height, width = size
+    pixels = np.ascontiguousarray(image(1, max(2, *size))[:height, :width])
+    found = detect(pixels, score_threshold=0.01)
+    boxes = found["boxes"]
+    assert len(boxes) == len(detector([pixels])[0]["boxes"]) > 0
+    assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
+    assert (boxes[:, :2] <= boxes[:, 2:]).all()
+
+
+def test_nothing_found_is_empty(pair):
+    found = pair[0](np.zeros((40, 30, 3), np.uint8), score_threshold=1)
+    assert {name: (value.shape, value.dtype.name) for name, value in found.items()} == {
+        "boxes": ((0, 4), "float32"), "labels": ((0,), "int64"), "scores": ((0,), "float32"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ssd", "ssdlite"])
+def test_the_file_is_standard_and_says_what_it_is(folder, name):
+    model = onnx.load(folder / f"{name}.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
+    assert len(model.functions) == 0
+    assert not {"BatchNormalization", "Dropout"} & {node.op_type for node in model.graph.node}
+    assert str(ROOT).encode() not in model.SerializeToString()
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["model"] == name
+    classes = Detector.load(folder / f"{name}.pth").classes
+    assert json.loads(metadata["classes"]) == classes and classes[0] == "background"
+
+
+def test_readme_lines_detect_without_torch(tmp_path):
+    """The command and the Python of README's "Export to ONNX", as they stand."""
+    text = (ROOT / "README.md").read_text().split("## Export to ONNX")[1].split("\n## ")[0]
+    (command,) = re.findall(r"(?m)^    python (export\.py .+)$", text)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for name in ("demo", "src", "export.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    settings = {"cwd": tmp_path, "env": ENV, "check": True, "capture_output": True, "text": True}
+    subprocess.run([sys.executable, *command.split()], **settings)
+    block = "import sys\nsys.modules |= dict.fromkeys(['torch', 'torchvision', 'src'])\n"
+    done = subprocess.run([sys.executable, "-c", block + code], **settings)
+    assert done.stderr == ""
+    file = ROOT / re.search(r'"(demo/\S+\.jpg)"', code)[1]
+    detector = Detector.load(DEMO, device="cpu")
+    expected = detector([read_image(file)], 0.3)[0]
+    lines = done.stdout.splitlines()
+    names = [detector.classes[label] for label in expected["labels"]]
+    assert [line.split()[0] for line in lines] == names and names
+    for line, box, score in zip(lines, expected["boxes"], expected["scores"], strict=True):
+        printed = [float(number) for number in line.split()[1:]]
+        assert printed[0] == pytest.approx(float(score), abs=0.01)
+        assert printed[1:] == pytest.approx(box.tolist(), abs=1)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_one_line(package):
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['export.py', '--help']"
+    code += "; runpy.run_path('export.py', run_name='__main__')"
+    assert run("-c", code, status=2).stderr == (
+        f"error: {package} is missing: pip install -r requirements-export.txt\n"
+    )
+
+
+def test_a_users_mistake_is_one_line_and_writes_nothing(tmp_path):
+    (tmp_path / "broken.pth").write_bytes(DEMO.read_bytes()[:1000])
+    shutil.copy(DEMO, tmp_path / "good.pth")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for checkpoint, output, named in [
+        ("broken.pth", "a.onnx", "broken.pth"),
+        ("none.pth", "a.onnx", "none.pth"),
+        ("good.pth", ".", "--output"),
+        ("good.pth", "no/such/a.onnx", "--output"),
+        ("good.pth", "good.pth", "--output"),
+    ]:
+        files = "--pretrained-model", tmp_path / checkpoint, "--output", tmp_path / output
+        error = run("export.py", *files, status=2).stderr
+        assert named in error and error.startswith("error: ") and error.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
