@@ -62,7 +62,10 @@ def readme_command(kind):
 @pytest.mark.parametrize(
     "kind, write, labels, tolerance",
     # globox takes VOC's first pixel for the box's edge: its left and top lie one pixel too far in.
-    [("pascalvoc", write_voc, "Annotations", 1), ("yolov5", write_yolo, "labels/train", 1e-3)],
+    [
+        ("pascalvoc", write_voc, "Annotations/train", 1),
+        ("yolov5", write_yolo, "labels/train", 1e-3),
+    ],
 )
 def test_own_data_becomes_cocos_layout(tmp_path, kind, write, labels, tolerance):
     images = tmp_path / "my_data" / "train2017"

@@ -66,6 +66,7 @@ def test_options_are_those_of_the_script(command, monkeypatch, capsys):
     start = next(n for n, w in enumerate(words) if w.endswith(".py") or w == "src.shapes")
     options = {word for word in words[start:] if word.startswith("--")}
     monkeypatch.setattr(sys, "argv", [words[start], "--help"])
+    monkeypatch.delitem(sys.modules, "src.shapes", raising=False)  # or runpy warns
     with pytest.raises(SystemExit):
         if words[start] == "src.shapes":
             runpy.run_module("src.shapes", run_name="__main__")
