@@ -8,13 +8,17 @@ from 1, `scores` float32 (N,) descending; N <= 200. Metadata: `model`, and `clas
 index 0 "background".
 """
 
+from src import usage
+
+if __name__ == "__main__":
+    usage.quit_on_ctrl_c()  # the imports below take seconds
+
 import json
 import sys
 
 import torch
 from torch import nn
 
-from src import usage
 from src.detector import Detector
 from src.transform import INPUT_SIZE, normalize
 

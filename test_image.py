@@ -96,8 +96,10 @@ def main():
     files = find_pictures(args.input)
     outputs = output_files(args.input, files, args.output)
     files = [file for file, _ in files]
-    for path in {output.resolve() for output in outputs} & {file.resolve() for file in files}:
-        raise UserError(f"--output {path}: is an input itself; give another name")
+    inputs = {(file.stat().st_dev, file.stat().st_ino) for file in files}
+    for path in filter(Path.exists, outputs):
+        if (path.stat().st_dev, path.stat().st_ino) in inputs:
+            raise UserError(f"--output {path}: is an input itself; give another name")
     for path in outputs:
         usage.make_writable("--output", path)
     if args.json:

@@ -72,13 +72,14 @@ def pace(source, video):
         packets = cv2.VideoCapture(source, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])  # undecoded
         while packets.grab():
             times.append(packets.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-    times.sort()
+    frames = len(times)
+    times = sorted(set(times))
     gaps = [after - before for before, after in itertools.pairwise(times)]
     # Some containers time only some of their packets; a minute without a frame is a jump in time.
-    if gaps and min(gaps) > 0 and max(gaps) < 60:
-        seconds = times[-1] - times[0]
-        if not abs(fps * seconds - len(gaps)) <= 1:  # more than a frame apart
-            fps, total = len(gaps) / seconds, len(times)
+    if gaps and len(times) > 0.97 * frames and max(gaps) < 60:
+        seconds, steps = times[-1] - times[0], frames - 1
+        if not abs(fps * seconds - steps) <= 1:  # more than a frame apart
+            fps, total = steps / seconds, frames
     return fps if 0 < fps < 10_000 else 25.0, total
 
 

@@ -138,7 +138,7 @@ def stop_on_signals():
         received.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        usage.handle_signals(signal.SIG_DFL, [signal.SIGINT])
 
     usage.handle_signals(note)
     return received

@@ -175,7 +175,7 @@ def read_annotations(path):
         raise UserError(f"{path}: an entry is not in COCO format ({error!r})") from error
     if data["annotations"] and all(max(a["bbox"]) < 2 for a in data["annotations"]):
         raise UserError(
-            f"{path}: all its boxes are smaller than 2 pixels: give bbox as left, top, width and"
+            f"{path}: the numbers of all its boxes are below 2: give bbox as left, top, width and"
             " height in pixels, not as fractions of the image"
         )
     ids = [annotation.get("id", 0) for annotation in data["annotations"]]

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from src.usage import UnreadablePicture
 
@@ -68,6 +68,10 @@ def open_picture(path):
         limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise UnreadablePicture(
             f"{path}: more than {limit} million pixels: scale it down, or cut it into tiles"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise UnreadablePicture(
+            f"{path}: cannot be read as a picture (no known image format, or a broken file)"
         ) from error
     # What Pillow's many decoders raise on a broken file.
     except (OSError, ValueError, RuntimeError, SyntaxError, EOFError) as error:

@@ -295,6 +295,30 @@ def test_a_variable_rate_becomes_its_mean(detect, tmp_path, capfd):
     assert "truncated" not in capfd.readouterr().out
 
 
+def test_a_doubled_time_does_not_hide_a_variable_rate(tmp_path, monkeypatch):
+    times = [0.0, *np.cumsum([30, 50] * 50)]  # ms: 101 frames in 4 s
+    times[50] = times[49]
+
+    class Packets:
+        def __init__(self, *_):
+            self.left = list(times)
+
+        def grab(self):
+            return bool(self.left)
+
+        def get(self, what):
+            return {cv2.CAP_PROP_POS_MSEC: self.left.pop(0)}[what]
+
+    class Video:
+        def get(self, what):
+            return {cv2.CAP_PROP_FPS: 1000.0, cv2.CAP_PROP_FRAME_COUNT: -1.0}[what]
+
+    monkeypatch.setattr(cv2, "VideoCapture", Packets)
+    (tmp_path / "a.webm").touch()
+    pace = runpy.run_path(str(ROOT / "test_video.py"))["pace"]
+    assert pace(str(tmp_path / "a.webm"), Video()) == (pytest.approx(25.0), 101)
+
+
 @pytest.mark.parametrize("codec", ["mpg1", "mpg2"])
 def test_packets_without_a_time_of_their_own_do_not_change_the_rate(detect, tmp_path, codec):
     make_video(tmp_path / "clip.mpg", 60, codec, rate=25)  # an MPEG program stream
@@ -634,7 +658,8 @@ def test_damaged_videos(trained, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "test_dataset.py", "test_image.py", "test_video.py", "benchmark.py"]
+    "script",
+    ["train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py", "benchmark.py"],
 )
 def test_ctrl_c_during_the_imports_is_silent(script):
     command = [sys.executable, script, "--help"]

@@ -464,6 +464,13 @@ def test_exif_orientation(tmp_path, orientation, name):
     assert np.abs(coarse(as_stored) - coarse(stored)).mean() < 5
 
 
+def test_the_line_about_a_broken_file_has_no_python_in_it(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image at all")
+    with pytest.raises(UserError) as error:
+        transform.read_image(tmp_path / "a.jpg")
+    assert "a.jpg" in str(error.value) and "<" not in str(error.value)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_an_uncompressed_tiff_is_turned_whatever_its_mode(tmp_path, orientation, mode):
