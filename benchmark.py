@@ -45,18 +45,10 @@ from src.detector import Detector
 from src.engine import coco_metrics, coco_results, evaluate, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
-from src.transform import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    augment,
-    read_image,
-    sample_patch,
-)
+from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, read_image, sample_patch
 
 CLASSES = 81  # COCO's 80 and background
-PLAIN_PIXELS = transforms.Compose(
-    [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-)
+PLAIN_PIXELS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 PLAIN_COLOURS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
 
 
@@ -83,10 +75,7 @@ def plain_encode(default_boxes, boxes, labels):
     objects = boxes[matched]
     centres, sizes = (objects[:, :2] + objects[:, 2:]) / 2, objects[:, 2:] - objects[:, :2]
     loc = torch.cat(
-        [
-            (centres - default_boxes[:, :2]) / default_boxes[:, 2:] / 0.1,
-            (sizes / default_boxes[:, 2:]).log() / 0.2,
-        ],
+        [(centres - default_boxes[:, :2]) / default_boxes[:, 2:] / 0.1, (sizes / default_boxes[:, 2:]).log() / 0.2],
         dim=1,
     )
     return loc, labels[matched] * (best > 0.5)
@@ -171,9 +160,7 @@ def compare(stage, images, plain, ours, repeats, limit=None):
     before, now = np.median(pairs, axis=0)
     share = f"{limit / now:6.0%}" if limit else "     -"
     print(
-        f"{stage:42} {1e3 * before:9.1f} {1e3 * now:9.1f} {images / now:9.1f}"
-        f" {before / now:7.2f}x {share}",
-        flush=True,
+        f"{stage:42} {1e3 * before:9.1f} {1e3 * now:9.1f} {images / now:9.1f} {before / now:7.2f}x {share}", flush=True
     )
 
 
@@ -201,9 +188,7 @@ def scores_like(objects):
     for n in range(objects):  # each is seen by the default boxes about it, some of them surely
         centre = torch.rand(2, generator=generator)
         near = (default_boxes[:, :2] - centre).norm(dim=1) < 0.06
-        logits[0, near, 1 + n % (CLASSES - 1)] += 6 + 4 * torch.rand(
-            int(near.sum()), generator=generator
-        )
+        logits[0, near, 1 + n % (CLASSES - 1)] += 6 + 4 * torch.rand(int(near.sum()), generator=generator)
     return loc, logits
 
 
@@ -247,13 +232,7 @@ def inference(args, device, limit, name, batch):
             args.repeats,
             operations(network, images) / limit,
         )
-        compare(
-            f"{name} pixels to detections, batch {batch}",
-            batch,
-            plain,
-            lambda: detector(pixels),
-            args.repeats,
-        )
+        compare(f"{name} pixels to detections, batch {batch}", batch, plain, lambda: detector(pixels), args.repeats)
 
 
 def decoding(args, stage, loc, cls_logits):
@@ -320,9 +299,7 @@ def training(args, device, name):
         loss.item()
 
     def ours():
-        epoch = train_one_epoch(
-            fast, [batch], criterion, fast_sgd, scaler, 0, 0, lambda *_: 1e-4, args.amp
-        )
+        epoch = train_one_epoch(fast, [batch], criterion, fast_sgd, scaler, 0, 0, lambda *_: 1e-4, args.amp)
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             list(epoch)
 
@@ -372,9 +349,7 @@ def validation(args, device, folder, name):
 def torchvision_peer():
     """torchvision's SSDlite at 320 x 320, random weights, scores like trained ones."""
     torch.manual_seed(0)
-    peer = ssdlite320_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=CLASSES
-    ).eval()
+    peer = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES).eval()
     with torch.no_grad():
         maps = list(peer.backbone(torch.randn(1, 3, 320, 320)).values())
         scatter = peer.head(maps)["cls_logits"].std()
@@ -423,9 +398,7 @@ def deployment(args, folder):
         }
         # Each is called twice and timed once: by then the threads of the one before are at rest.
         with torch.inference_mode():
-            rounds = [
-                [(way(), seconds(way))[1] for way in ways.values()] for _ in range(args.repeats)
-            ]
+            rounds = [[(way(), seconds(way))[1] for way in ways.values()] for _ in range(args.repeats)]
         times = np.median(rounds, axis=0)
         for way, took in zip(ways, times, strict=True):
             print(f"{way:42} {threads:9} {1e3 * took:9.1f} {times[0] / took:8.2f}x", flush=True)

@@ -29,12 +29,7 @@ def parse_args():
     parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
     share = usage.number(float, 0, 1)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        help="pictures, and folders of pictures, with their sub-folders",
-    )
+    add("--input", nargs="+", required=True, help="pictures, and folders of pictures, with their sub-folders")
     add(
         "--output",
         help="file for one picture, else folder, with the sub-folders of an input folder;"
@@ -62,9 +57,7 @@ def find_pictures(inputs):
         else:
             raise UserError(f"--input {path}: no such file or folder")
     if not files:
-        raise UserError(
-            f"--input {' '.join(inputs)}: no pictures there ({' '.join(sorted(PICTURES))})"
-        )
+        raise UserError(f"--input {' '.join(inputs)}: no pictures there ({' '.join(sorted(PICTURES))})")
     return files
 
 
@@ -76,12 +69,8 @@ def output_files(inputs, files, output):
         outputs = [Path(output)]
     else:
         if Path(output).suffix.lower() in PICTURES and not Path(output).is_dir():
-            raise UserError(
-                f"--output {output}: is a picture, --input a folder or several: give a folder"
-            )
-        outputs = [
-            Path(output) / name.with_name(f"{name.stem}_prediction.jpg") for _, name in files
-        ]
+            raise UserError(f"--output {output}: is a picture, --input a folder or several: give a folder")
+        outputs = [Path(output) / name.with_name(f"{name.stem}_prediction.jpg") for _, name in files]
     for file in outputs:
         if file.suffix.lower() not in PICTURES:
             raise UserError(f"--output {file}: unknown picture type; end it in .jpg or .png")

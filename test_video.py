@@ -138,10 +138,7 @@ def main():
     if lines:
         lines.close()
     cut = number < total and not stopped
-    print(
-        f"{number} frames -> {output}, {codec}"
-        + f" (the file promises {total}: it seems truncated)" * cut
-    )
+    print(f"{number} frames -> {output}, {codec}" + f" (the file promises {total}: it seems truncated)" * cut)
 
 
 if __name__ == "__main__":

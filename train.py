@@ -51,21 +51,11 @@ def parse_args():
     add("--data-path", default="/coco", help="folder with annotations/ and the pictures' folders")
     add("--train-set", default="train2017", help="folder of the training pictures")
     add("--val-set", default="val2017", help="folder of the validation pictures")
-    add(
-        "--model",
-        choices=["ssd", "ssdlite"],
-        default="ssd",
-        help="SSD-ResNet50 or SSDLite-MobileNetV2",
-    )
+    add("--model", choices=["ssd", "ssdlite"], default="ssd", help="SSD-ResNet50 or SSDLite-MobileNetV2")
     add("--epochs", type=positive, default=65)
     add("--batch-size", type=usage.number(int, 2), default=32, help="pictures a process and step")
     add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on a CPU")
-    add(
-        "--lr",
-        type=usage.number(float, 0),
-        default=2.6e-3,
-        help="for 32 pictures a step; scaled with their number",
-    )
+    add("--lr", type=usage.number(float, 0), default=2.6e-3, help="for 32 pictures a step; scaled with their number")
     add(
         "--backbone-lr-factor",
         type=usage.number(float, 0),
@@ -74,45 +64,16 @@ def parse_args():
         help="learning rate of the backbone as a multiple of --lr; below 1 to fine-tune",
     )
     add("--momentum", type=share, default=0.9)
-    add(
-        "--weight-decay",
-        type=usage.number(float, 0),
-        default=5e-4,
-        help="not on biases and batch norm",
-    )
-    add(
-        "--multistep",
-        type=positive,
-        nargs="*",
-        default=[43, 54],
-        help="epochs after which lr is divided by 10",
-    )
-    add(
-        "--warmup",
-        type=usage.number(int, 0),
-        default=300,
-        help="iterations; at most the first epoch",
-    )
+    add("--weight-decay", type=usage.number(float, 0), default=5e-4, help="not on biases and batch norm")
+    add("--multistep", type=positive, nargs="*", default=[43, 54], help="epochs after which lr is divided by 10")
+    add("--warmup", type=usage.number(int, 0), default=300, help="iterations; at most the first epoch")
     add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
-    add(
-        "--num-workers",
-        type=usage.number(int, 0),
-        default=4,
-        help="loading processes for each training process",
-    )
-    add(
-        "--save-folder",
-        default="trained_models",
-        help="checkpoints; training goes on from the one there",
-    )
+    add("--num-workers", type=usage.number(int, 0), default=4, help="loading processes for each training process")
+    add("--save-folder", default="trained_models", help="checkpoints; training goes on from the one there")
     add("--save-every", type=positive, help="iterations; without it, after every epoch")
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--pretrained-model", help="checkpoint to fine-tune")
-    add(
-        "--no-pretrained-backbone",
-        action="store_true",
-        help="start from random weights, without ImageNet's",
-    )
+    add("--no-pretrained-backbone", action="store_true", help="start from random weights, without ImageNet's")
     add("--zoom-out", action="store_true", help="the paper's expansion (section 3.6)")
     add("--seed", type=usage.number(int, 0), default=123)
     # torch.distributed.launch gives it; we read LOCAL_RANK.
@@ -194,9 +155,7 @@ def lock_save_folder(args):
     if distributed.total([float(bool(holder))])[0]:
         if not holder:
             sys.exit(2)  # rank 0 says why
-        raise UserError(
-            f"--save-folder {args.save_folder}: in use by {holder}; give each run its own"
-        )
+        raise UserError(f"--save-folder {args.save_folder}: in use by {holder}; give each run its own")
 
 
 def make_loaders(args, train_set, val_set, sampler, device):
@@ -231,8 +190,7 @@ def find_stopped_run(file, options):
     state = load_checkpoint(file) if file.exists() else None
     if state and "optimizer" not in state:
         raise UserError(
-            f"{file}: is no training to go on with; move it away,"
-            " and give it as --pretrained-model to start from it"
+            f"{file}: is no training to go on with; move it away, and give it as --pretrained-model to start from it"
         )
     place = [state["epoch"], state["samples_seen"]] if state else [-1, 0]
     if distributed.total(place) != [distributed.world_size() * value for value in place]:

@@ -57,9 +57,7 @@ def parse_args():
 
 def panels(rows, columns, height):
     """A figure as wide as a README, and its axes, (rows * columns,), without ticks."""
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(8.3, height), layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(8.3, height), layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])
@@ -76,9 +74,7 @@ def show(ax, image, title="", pale=0.0):
 def outline(ax, boxes, colour, width=1.0, style="-"):
     """Draw boxes (N, 4) xyxy in [0, 1]."""
     for x1, y1, x2, y2 in np.asarray(boxes).reshape(-1, 4).tolist():
-        ax.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width, ls=style)
-        )
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width, ls=style))
 
 
 def pick(data, rng, count, fewest, most):
@@ -118,9 +114,7 @@ def default_boxes(data, rng, name):
             outline(ax, box, COLOURS[n], 1.6)
         ax.plot(*of_map[0, middle, middle].reshape(2, 2).mean(axis=0), "k.", ms=4)
         ax.set(xlim=(-0.3, 1.3), ylim=(1.3, -0.3))
-    figure.suptitle(
-        f"{name}: {first} default boxes on six feature maps; those of one cell", fontsize=11
-    )
+    figure.suptitle(f"{name}: {first} default boxes on six feature maps; those of one cell", fontsize=11)
     return figure
 
 

@@ -77,14 +77,9 @@ def main():
         # One palette for all: what stands still keeps its colour.
         some = Image.fromarray(np.hstack(frames[:: len(frames) // 4 + 1]))
         palette = some.quantize(96, Image.Quantize.MAXCOVERAGE)
-        pictures = [
-            Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
-            for frame in frames
-        ]
+        pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
         duration = 1000 / (video.get(cv2.CAP_PROP_FPS) or RATE)  # ms a frame
-        pictures[0].save(
-            args.output, save_all=True, append_images=pictures[1:], duration=duration, loop=0
-        )
+        pictures[0].save(args.output, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     else:
         kind = cv2.VideoWriter.fourcc(*"MJPG")
         video = cv2.VideoWriter(args.output, kind, RATE, (WIDTH, HEIGHT))

@@ -154,11 +154,7 @@ class Encoder:
         boxes, labels, scores = (torch.cat(parts) for parts in zip(*survivors, strict=True))
         scores, best = scores.sort(descending=True, stable=True)
         best = best[:max_detections]
-        return {
-            "boxes": boxes[best].clamp(0, 1),
-            "labels": labels[best],
-            "scores": scores[:max_detections],
-        }
+        return {"boxes": boxes[best].clamp(0, 1), "labels": labels[best], "scores": scores[:max_detections]}
 
     def apply_offsets(self, loc, kept=slice(None)):
         """The inverse of what `encode` writes: loc (N, 4) of boxes `kept` (N,) -> (N, 4) xyxy."""

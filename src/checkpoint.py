@@ -56,9 +56,7 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: not a checkpoint of tensors and plain values; nothing in it was run"
-        ) from error
+        raise UserError(f"{path}: not a checkpoint of tensors and plain values; nothing in it was run") from error
     except Exception as error:  # torch's reader meets a broken file with all sorts of errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: a broken checkpoint ({reason}); use another") from error

@@ -78,9 +78,7 @@ class CocoDataset(Dataset):
         self.starts = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
 
     def _missing_pictures(self):
-        return [
-            name for name in map(os.fsdecode, self.file_names) if not (self.folder / name).is_file()
-        ]
+        return [name for name in map(os.fsdecode, self.file_names) if not (self.folder / name).is_file()]
 
     def __len__(self):
         return len(self.image_ids)
@@ -168,9 +166,7 @@ def read_annotations(path):
         sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
         check_entries(path, data, sizes)
         repairs = Counter()
-        data["annotations"] = [
-            a for a in data["annotations"] if repair(a, sizes[a["image_id"]], repairs)
-        ]
+        data["annotations"] = [a for a in data["annotations"] if repair(a, sizes[a["image_id"]], repairs)]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: an entry is not in COCO format ({error!r})") from error
     if data["annotations"] and all(max(a["bbox"]) < 2 for a in data["annotations"]):

@@ -19,9 +19,7 @@ LOG_EVERY = 10  # steps; the losses are looked at, and the device waited for, on
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
-def train_one_epoch(
-    model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp
-):
+def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp):
     """Train on what is left of an epoch; yields (iteration, figures) after every step.
 
     loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets (B, D) and
@@ -61,10 +59,7 @@ def train_one_epoch(
                 raise not_finite(losses, [ids for _, ids in recent], epoch, iteration)
             images_seen = len(losses) * len(ids) * distributed.world_size()
             seconds = time.perf_counter() - clock
-            figures = means | {
-                "LR": lr,
-                "Images_per_second": images_seen / seconds,
-            }
+            figures = means | {"LR": lr, "Images_per_second": images_seen / seconds}
             text = "loss {Loss:.3f}, lr {LR:.2e}, {Images_per_second:.1f} images/s"
             data = f", data {waited / len(losses):.3f} of {seconds / len(losses):.3f} s/step"
             bar.set_postfix_str(text.format(**figures) + data)

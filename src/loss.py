@@ -30,9 +30,9 @@ class MultiBoxLoss(nn.Module):
         loc_loss = F.smooth_l1_loss(loc.float(), loc_targets, reduction="none").sum(dim=2)
         loc_loss = (loc_loss * matched).sum(dim=1)
 
-        cls_loss = F.cross_entropy(
-            cls_logits.float().flatten(0, 1), cls_targets.flatten(), reduction="none"
-        ).view_as(cls_targets)
+        cls_loss = F.cross_entropy(cls_logits.float().flatten(0, 1), cls_targets.flatten(), reduction="none").view_as(
+            cls_targets
+        )
         # Hard negative mining: sorted by loss, only the first 3 N background boxes count. Matched
         # boxes get loss 0: they sort last and add nothing if background boxes run out.
         negatives = cls_loss.masked_fill(matched, 0).sort(dim=1, descending=True).values

@@ -31,13 +31,7 @@ class ResNet50Backbone(nn.Module):
         first = resnet.layer3[0]
         first.conv1.stride = first.conv2.stride = first.downsample[0].stride = (1, 1)
         self.feature_extractor = nn.Sequential(
-            resnet.conv1,
-            resnet.bn1,
-            resnet.relu,
-            resnet.maxpool,
-            resnet.layer1,
-            resnet.layer2,
-            resnet.layer3,
+            resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2, resnet.layer3
         )
 
     def forward(self, images):

@@ -137,13 +137,7 @@ def annotate(item, visible, width, height):
         points = np.concatenate(rings)
         box = np.concatenate([points.min(axis=0), np.ptp(points, axis=0)]).round(2).tolist()
     crowd = int(len(item.parts) > 1)
-    return {
-        "category_id": item.category,
-        "bbox": box,
-        "area": area,
-        "iscrowd": crowd,
-        "segmentation": segmentation,
-    }
+    return {"category_id": item.category, "bbox": box, "area": area, "iscrowd": crowd, "segmentation": segmentation}
 
 
 def texture(rng, height, width):

@@ -75,9 +75,7 @@ def open_picture(path):
         ) from error
     # What Pillow's many decoders raise on a broken file.
     except (OSError, ValueError, RuntimeError, SyntaxError, EOFError) as error:
-        reason = (
-            str(error).splitlines()[0].replace(str(path), "file") if str(error) else "broken file"
-        )
+        reason = str(error).splitlines()[0].replace(str(path), "file") if str(error) else "broken file"
         raise UnreadablePicture(f"{path}: cannot be read as a picture ({reason})") from error
 
 
@@ -167,9 +165,7 @@ def centres_inside(boxes, patch):
 
 def flip(image, boxes):
     """Mirror picture and boxes left to right."""
-    return cv2.flip(image, 1), np.stack(
-        [1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1
-    )
+    return cv2.flip(image, 1), np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
 def resize(image):

@@ -15,10 +15,7 @@ from src.boxes import Encoder, make_default_boxes, pairwise_iou, to_centres, to_
 REFERENCE = Path(__file__).parent / "reference"
 MODELS = ("ssd", "ssdlite")
 # SSD section 2.2: cells of each map, and default boxes a cell.
-MAPS = {
-    "ssd": ((38, 19, 10, 5, 3, 1), (4, 6, 6, 6, 4, 4)),
-    "ssdlite": ((19, 10, 5, 3, 2, 1), (6, 6, 6, 6, 6, 6)),
-}
+MAPS = {"ssd": ((38, 19, 10, 5, 3, 1), (4, 6, 6, 6, 4, 4)), "ssdlite": ((19, 10, 5, 3, 2, 1), (6, 6, 6, 6, 6, 6))}
 
 
 def tensors(boxes, labels):
@@ -57,10 +54,7 @@ def test_number_of_default_boxes(name, total):
 
 @pytest.mark.parametrize(
     "name, start, cells, row, column, centre, size, next_size",
-    [
-        ("ssd", 5776, 19, 3, 5, (5.5 * 16, 3.5 * 16), 45, 99),
-        ("ssdlite", 2766, 5, 1, 4, (4.5 * 64, 1.5 * 64), 150, 195),
-    ],
+    [("ssd", 5776, 19, 3, 5, (5.5 * 16, 3.5 * 16), 45, 99), ("ssdlite", 2766, 5, 1, 4, (4.5 * 64, 1.5 * 64), 150, 195)],
 )
 def test_one_cell_by_hand(name, start, cells, row, column, centre, size, next_size):
     # SSD section 2.2: s_k, s'_k = sqrt(s_k s_k+1), w = s_k sqrt(a), h = s_k / sqrt(a)
@@ -246,9 +240,7 @@ def python_decode(defaults, loc, logits, score_threshold, nms_threshold):
     return sorted(found, reverse=True)[:200]
 
 
-@pytest.mark.parametrize(
-    "score_threshold, nms_threshold", [(0, 0.5), (0.01, 0.45), (0.1, 0.3), (0.5, 0.5), (0.2, 0.9)]
-)
+@pytest.mark.parametrize("score_threshold, nms_threshold", [(0, 0.5), (0.01, 0.45), (0.1, 0.3), (0.5, 0.5), (0.2, 0.9)])
 def test_decode_equals_plain_python(score_threshold, nms_threshold):
     # SSD section 3.7: score threshold, NMS per class, top 200 of the image.
     generator = torch.Generator().manual_seed(1)
@@ -359,9 +351,7 @@ def test_the_shortcut_before_softmax_loses_nothing(score_threshold):
     logits = torch.randn(2000, 6, generator=generator) * spread
     encoder = Encoder(torch.rand(2000, 4, generator=generator))
     # No box is removed by NMS at a threshold above 1, none by an ample max_detections.
-    (found,) = encoder.decode(
-        torch.zeros(1, 2000, 4), logits[None], score_threshold, 1.1, max_detections=10000
-    )
+    (found,) = encoder.decode(torch.zeros(1, 2000, 4), logits[None], score_threshold, 1.1, max_detections=10000)
     scores = logits.softmax(dim=1)[:, 1:]
     for label in range(1, 6):
         expected = scores[:, label - 1]

@@ -73,9 +73,7 @@ def test_a_path_may_be_text_and_an_old_file_is_replaced(tmp_path):
     assert load_checkpoint(path)["epoch"] == 2 and os.listdir(tmp_path) == ["a.pth"]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")]
-)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")])
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     path = tmp_path / "a.pth"
     save_checkpoint(path, SMALL | {"epoch": 1})

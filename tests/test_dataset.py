@@ -12,13 +12,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
 from src.boxes import Encoder, make_default_boxes
-from src.dataset import (
-    CocoDataset,
-    TrainSampler,
-    check_categories,
-    ground_truth,
-    read_annotations,
-)
+from src.dataset import CocoDataset, TrainSampler, check_categories, ground_truth, read_annotations
 from src.usage import UnreadablePicture, UserError
 
 CATEGORIES = [{"id": 44, "name": "cup"}, {"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
@@ -59,10 +53,7 @@ def encoder():
 
 def test_boxes_are_relative_corners_and_labels_count_sorted_categories(tmp_path):
     # [10, 5, 20, 30] xywh in 100x50 -> 0.1, 0.1, 0.3, 0.7
-    small(
-        tmp_path,
-        [box(20, [10, 5, 20, 30], 44), box(10, [0, 0, 100, 50], 2), box(20, [50, 25, 50, 25])],
-    )
+    small(tmp_path, [box(20, [10, 5, 20, 30], 44), box(10, [0, 0, 100, 50], 2), box(20, [50, 25, 50, 25])])
     data = CocoDataset(tmp_path, "set")
     assert data.classes == ["background", "cat", "dog", "cup"]
     assert list(data.category_ids) == [2, 7, 44]
@@ -132,10 +123,7 @@ def test_boxes_that_reach_outside_are_clipped(tmp_path):
     data = CocoDataset(tmp_path, "set")
     np.testing.assert_allclose(data.boxes, [(0, 0.8, 0.2, 1), (0.9, 0, 1, 0.5)], atol=1e-6)
     assert dict(data.repairs) == {"boxes clipped to their picture": 2}
-    assert [a["bbox"] for a in ground_truth(file).anns.values()] == [
-        [0, 40, 20, 10],
-        [90, 0, 10, 25],
-    ]
+    assert [a["bbox"] for a in ground_truth(file).anns.values()] == [[0, 40, 20, 10], [90, 0, 10, 25]]
 
 
 def test_missing_area_and_iscrowd_are_derived(tmp_path):
@@ -322,10 +310,7 @@ def test_size_in_the_json_may_be_that_of_the_stored_or_of_the_upright_picture(tm
 
 def test_names_with_spaces_other_alphabets_and_subfolders(tmp_path, encoder):
     names = ["with space.jpg", "猫 и кот.png", "sub/folder/ü.jpg", "a%20b.jpg"]
-    images = [
-        {"id": i, "file_name": name, "width": 20 + i, "height": 10}
-        for i, name in enumerate(names, start=1)
-    ]
+    images = [{"id": i, "file_name": name, "width": 20 + i, "height": 10} for i, name in enumerate(names, start=1)]
     small(tmp_path, images=images)
     data = CocoDataset(tmp_path, "set")
     assert [data.read(i).shape[1] for i in range(4)] == [21, 22, 23, 24]
@@ -342,9 +327,7 @@ def test_broken_picture_names_the_file(tmp_path, encoder):
 
 
 def test_samples_have_the_promised_types(shapes_folder, encoder):
-    image, loc_targets, cls_targets, image_id = CocoDataset(shapes_folder, "train2017", encoder)[
-        3, 2
-    ]
+    image, loc_targets, cls_targets, image_id = CocoDataset(shapes_folder, "train2017", encoder)[3, 2]
     assert image.shape == (300, 300, 3) and image.dtype == np.uint8
     assert loc_targets.shape == (3000, 4) and loc_targets.dtype == torch.float32
     assert cls_targets.shape == (3000,) and cls_targets.dtype == torch.int64
@@ -366,9 +349,7 @@ def test_targets_of_an_uncropped_sample_are_the_encoded_boxes(tmp_path, encoder)
 
 
 def equal(a, b):
-    return all(
-        torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a, b, strict=True)
-    )
+    return all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a, b, strict=True))
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(shapes_folder, encoder):
@@ -418,9 +399,7 @@ def steps(sampler):
     return batches
 
 
-@pytest.mark.parametrize(
-    "samples, batch_size, world_size", [(103, 4, 1), (103, 4, 3), (24, 4, 2), (8, 4, 2)]
-)
+@pytest.mark.parametrize("samples, batch_size, world_size", [(103, 4, 1), (103, 4, 3), (24, 4, 2), (8, 4, 2)])
 def test_ranks_share_an_epoch_without_overlap(samples, batch_size, world_size):
     seen = []
     for rank in range(world_size):

@@ -195,11 +195,7 @@ def test_a_loaded_detector_is_the_one_that_was_saved(tmp_path, models, detectors
 
 
 def test_record_names_labels_and_the_pictures_size():
-    found = {
-        "boxes": torch.tensor([[1.0, 2, 3, 4]]),
-        "labels": torch.tensor([2]),
-        "scores": torch.tensor([0.5]),
-    }
+    found = {"boxes": torch.tensor([[1.0, 2, 3, 4]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5])}
     assert record(np.zeros((20, 30, 3), np.uint8), found, CLASSES) == {
         "width": 30,
         "height": 20,

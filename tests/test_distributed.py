@@ -117,9 +117,7 @@ def gradients():
     network = build_model("ssdlite", 4, pretrained_backbone=False).eval().double()
     world_size = distributed.world_size()
     model = DistributedDataParallel(network) if world_size > 1 else network
-    images, loc_targets, cls_targets = (
-        part[distributed.rank() :: world_size] for part in eight_samples()
-    )
+    images, loc_targets, cls_targets = (part[distributed.rank() :: world_size] for part in eight_samples())
     losses = MultiBoxLoss()(*model(images.double()), loc_targets, cls_targets)
     sum(losses).backward()
     shared = distributed.total([sum(losses).item()])[0] / world_size
@@ -134,9 +132,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_double_batch(two):
         for name, gradient in alone.items():
             assert grads[name] is not None, name  # an unused one would hang DDP
             scale = gradient.abs().max().clamp(min=1)
-            torch.testing.assert_close(
-                grads[name] / scale, gradient / scale, atol=1e-5, rtol=0, msg=name
-            )
+            torch.testing.assert_close(grads[name] / scale, gradient / scale, atol=1e-5, rtol=0, msg=name)
     assert max(gradient.abs().max() for gradient in alone.values()) > 0.1
 
 

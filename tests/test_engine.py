@@ -16,15 +16,7 @@ from torch.utils.data import DataLoader
 
 from src.boxes import Encoder, make_default_boxes
 from src.dataset import CocoDataset, ground_truth
-from src.engine import (
-    LOG_EVERY,
-    METRICS,
-    coco_metrics,
-    coco_results,
-    evaluate,
-    metrics_table,
-    train_one_epoch,
-)
+from src.engine import LOG_EVERY, METRICS, coco_metrics, coco_results, evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.usage import UserError
@@ -243,8 +235,7 @@ def batches(count, size=2):
     """`count` batches; cls_targets hold the batch's number, ids count up."""
     pixels = torch.zeros(size, 300, 300, 3, dtype=torch.uint8)
     return [
-        (pixels, torch.zeros(size, 1, 4), torch.full((size, 1), i), torch.arange(size) + 100 * i)
-        for i in range(count)
+        (pixels, torch.zeros(size, 1, 4), torch.full((size, 1), i), torch.arange(size) + 100 * i) for i in range(count)
     ]
 
 
@@ -299,9 +290,7 @@ def test_a_groups_factor_multiplies_its_learning_rate():
     optimizer = torch.optim.SGD(groups, 123.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loader, rates = batches(10), lambda epoch, iteration: 0.1 * (iteration + 1)
-    steps = train_one_epoch(
-        model, loader, constant_losses, optimizer, scaler, 0, 0, rates, False
-    )  # gradients 1 and 10
+    steps = train_one_epoch(model, loader, constant_losses, optimizer, scaler, 0, 0, rates, False)  # gradients 1 and 10
     ((_, figures),) = logged(steps)
     total = 0.1 * sum(range(1, 11))
     assert model.w.item() == pytest.approx(-0.25 * total)

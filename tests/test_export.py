@@ -66,9 +66,7 @@ def assert_same(found, expected, pixels, score):
     assert (np.diff(found["scores"]) <= 0).all()
 
 
-@pytest.mark.parametrize(
-    "thresholds", [(0.3, 0.5), (0.01, 0.5), (0.0, 0.5), (0.01, 0.2), (0.01, 0.8), (0.6, 0.5)]
-)
+@pytest.mark.parametrize("thresholds", [(0.3, 0.5), (0.01, 0.5), (0.0, 0.5), (0.01, 0.2), (0.01, 0.8), (0.6, 0.5)])
 def test_detects_what_the_detector_detects_in_the_same_pixels(pair, thresholds):
     detect, detector = pair
     total = 0

@@ -33,9 +33,7 @@ def titles(figure):
 
 @pytest.mark.parametrize("name, total", [("ssd", 8732), ("ssdlite", 3000)])
 def test_default_boxes_of_the_six_maps_add_up(figures, shapes_folder, name, total):
-    figure = figures.default_boxes(
-        CocoDataset(shapes_folder, "train2017"), np.random.default_rng(0), name
-    )
+    figure = figures.default_boxes(CocoDataset(shapes_folder, "train2017"), np.random.default_rng(0), name)
     counts = [int(re.search(r"(\d+) boxes$", title)[1]) for title in titles(figure)]
     assert len(counts) == 6 and sum(counts) == total
 
@@ -92,9 +90,7 @@ def test_slim_checkpoint_detects_what_the_whole_one_does(tmp_path):
     slim = load_checkpoint(tmp_path / "slim.pth")
     assert {key: slim[key] for key in names} == names and "optimizer" not in slim
     for name, values in network.state_dict().items():
-        torch.testing.assert_close(
-            slim["model_state_dict"][name].to(values.dtype), values, rtol=1e-3, atol=1e-6
-        )
+        torch.testing.assert_close(slim["model_state_dict"][name].to(values.dtype), values, rtol=1e-3, atol=1e-6)
     whole, small = ((tmp_path / f"{name}.pth").stat().st_size for name in ("whole", "slim"))
     assert small < 0.6 * whole
 

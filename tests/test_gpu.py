@@ -24,17 +24,13 @@ MODELS = ("ssd", "ssdlite")
 
 
 def pictures(count):
-    return torch.randint(
-        0, 256, (count, 300, 300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    return torch.randint(0, 256, (count, 300, 300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def batch(name, size=8):
     """Pictures, targets of one object each, and image ids, as the loader hands them over."""
     encoder = Encoder(make_default_boxes(name))
-    loc_targets, cls_targets = encoder.encode(
-        torch.tensor([[0.2, 0.3, 0.6, 0.8]]), torch.tensor([1])
-    )
+    loc_targets, cls_targets = encoder.encode(torch.tensor([[0.2, 0.3, 0.6, 0.8]]), torch.tensor([1]))
     targets = loc_targets.expand(size, -1, -1), cls_targets.expand(size, -1)
     return pictures(size), *targets, torch.arange(size)
 
@@ -57,9 +53,7 @@ def steps(network, name, scaler, count, amp):
     """Losses of `count` training steps."""
     optimizer = optimizer_of(network)
     loader = [batch(name)] * count
-    done = train_one_epoch(
-        network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 1e-3, amp
-    )
+    done = train_one_epoch(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 1e-3, amp)
     return [figures["Loss"] for _, figures in done if figures]
 
 

@@ -54,8 +54,7 @@ def test_scripts_import_only_modules_of_src(script):
 
 
 @pytest.mark.parametrize(
-    "path",
-    [str(p.relative_to(ROOT)) for f in ("*.py", "src/*.py", "demo/*.py") for p in ROOT.glob(f)],
+    "path", [str(p.relative_to(ROOT)) for f in ("*.py", "src/*.py", "demo/*.py") for p in ROOT.glob(f)]
 )
 def test_nothing_imports_a_script(path):
     assert {name.split(".")[0] for name in imported(ROOT / path)} & set(SCRIPTS) == set()

@@ -104,9 +104,7 @@ class ChannelRowColumn(nn.Module):
 
     def forward(self, x):
         n = x.shape[2]
-        parts = torch.meshgrid(
-            torch.arange(self.channels), torch.arange(n), torch.arange(n), indexing="ij"
-        )
+        parts = torch.meshgrid(torch.arange(self.channels), torch.arange(n), torch.arange(n), indexing="ij")
         code = parts[0] * 10000 + parts[1] * 100 + parts[2]
         return code.float().expand(len(x), -1, -1, -1)
 
@@ -165,9 +163,7 @@ def test_gradient_reaches_every_parameter(name):
     model = filled(name, 4).train()  # a new one's zero gammas would hold it up for one step
     loc, cls_logits = model(pictures(3))
     # A weight of its own for every output; the loss alone leaves heads without a match untouched.
-    (
-        (loc * torch.randn_like(loc)).sum() + (cls_logits * torch.randn_like(cls_logits)).sum()
-    ).backward()
+    ((loc * torch.randn_like(loc)).sum() + (cls_logits * torch.randn_like(cls_logits)).sum()).backward()
     still = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert still == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -198,9 +194,7 @@ def test_ssdlites_first_head_trains_the_backbone():
     model = build_model("ssdlite", 4, pretrained_backbone=False).train()
     loc, _ = model(pictures(2))
     (loc[:, : 19 * 19 * 6] * torch.randn(2, 2166, 4)).sum().backward()
-    assert all(
-        p.grad is not None and p.grad.any() for p in model.backbone.to_stride_16.parameters()
-    )
+    assert all(p.grad is not None and p.grad.any() for p in model.backbone.to_stride_16.parameters())
     assert all(p.grad is None or not p.grad.any() for p in model.backbone.to_stride_32.parameters())
 
 
@@ -240,9 +234,7 @@ def downloads(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize(
-    "name, file", [("ssd", "resnet50-11ad3fa6.pth"), ("ssdlite", "mobilenet_v2-7ebf99e0.pth")]
-)
+@pytest.mark.parametrize("name, file", [("ssd", "resnet50-11ad3fa6.pth"), ("ssdlite", "mobilenet_v2-7ebf99e0.pth")])
 def test_only_a_pretrained_backbone_is_downloaded(name, file, downloads):
     build_model(name, 2, pretrained_backbone=False)
     assert downloads == []

@@ -15,11 +15,7 @@ from src.dataset import CocoDataset
 
 SIZES = {"a": (200, 100), "b": (64, 48), "c": (120, 90)}
 # Objects of each image as (name, left, top, right, bottom) in pixels: c has none.
-OBJECTS = {
-    "a": [("dog", 10, 20, 110, 80), ("cat", 0, 0, 50, 50)],
-    "b": [("cat", 16, 12, 48, 36)],
-    "c": [],
-}
+OBJECTS = {"a": [("dog", 10, 20, 110, 80), ("cat", 0, 0, 50, 50)], "b": [("cat", 16, 12, 48, 36)], "c": []}
 VOC = """<annotation><filename>{name}.jpg</filename>
 <size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>{objects}
 </annotation>"""
@@ -32,8 +28,7 @@ def write_voc(folder):
     folder.mkdir()
     for name, objects in OBJECTS.items():
         rows = [
-            VOC_OBJECT.format(label, int(label == "cat"), x1 + 1, y1 + 1, x2, y2)
-            for label, x1, y1, x2, y2 in objects
+            VOC_OBJECT.format(label, int(label == "cat"), x1 + 1, y1 + 1, x2, y2) for label, x1, y1, x2, y2 in objects
         ]
         text = VOC.format(name=name, size=SIZES[name], objects="".join(rows))
         (folder / f"{name}.xml").write_text(text)
@@ -62,10 +57,7 @@ def readme_command(kind):
 @pytest.mark.parametrize(
     "kind, write, labels, tolerance",
     # globox takes VOC's first pixel for the box's edge: its left and top lie one pixel too far in.
-    [
-        ("pascalvoc", write_voc, "Annotations/train", 1),
-        ("yolov5", write_yolo, "labels/train", 1e-3),
-    ],
+    [("pascalvoc", write_voc, "Annotations/train", 1), ("yolov5", write_yolo, "labels/train", 1e-3)],
 )
 def test_own_data_becomes_cocos_layout(tmp_path, kind, write, labels, tolerance):
     images = tmp_path / "my_data" / "train2017"

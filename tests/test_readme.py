@@ -106,9 +106,7 @@ def test_commands_run_one_after_the_other(tmp_path):
             words += ["--train", "4", "--val", "2"]
         if words[0] == "tensorboard":
             words.append("--inspect")
-        run = subprocess.run(
-            words, cwd=tmp_path, env=ENV | {"PATH": path}, capture_output=True, text=True
-        )
+        run = subprocess.run(words, cwd=tmp_path, env=ENV | {"PATH": path}, capture_output=True, text=True)
         assert run.returncode == 0, f"{shlex.join(words)}\n{run.stdout}{run.stderr}"
         assert "going on from" not in run.stdout
         print(f"RAN      {command}")

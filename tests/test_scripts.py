@@ -105,9 +105,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
     command = [sys.executable, "train.py", "--data-path", shapes, "--save-folder", stopped]
     command += ["--log-path", stopped / "log", "--model", "ssdlite", *SMALL, "--epochs", "6"]
     command += ["--num-workers", 2]
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENV, text=True, stdout=subprocess.PIPE)
     while not (stopped / "ssdlite.pth").exists():
         time.sleep(0.05)
         assert process.poll() is None
@@ -116,9 +114,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in output
     assert load(stopped / "ssdlite.pth")["epoch"] < 6
     train(shapes, stopped, "--epochs", 6)
-    weights, expected = (
-        load(folder / "ssdlite.pth")["model_state_dict"] for folder in (stopped, whole)
-    )
+    weights, expected = (load(folder / "ssdlite.pth")["model_state_dict"] for folder in (stopped, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     once, again = (scalars(folder / "log" / "ssdlite") for folder in (whole, stopped))
     for tag, events in once.items():  # nothing missing, nothing twice
@@ -144,10 +140,7 @@ def test_a_run_whose_terminal_closes_saves_and_ends(shapes, tmp_path):
 
 @pytest.mark.parametrize(
     "launcher",
-    [
-        TORCHRUN,
-        ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master-port=29612"],
-    ],
+    [TORCHRUN, ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master-port=29612"]],
     ids=["torchrun", "launch"],
 )
 def test_two_processes(shapes, tmp_path, launcher):
@@ -385,9 +378,7 @@ def test_fine_tuning_keeps_all_but_the_rows_of_new_classes(shapes, trained, tmp_
     options = ["--pretrained-model", trained / "ssdlite.pth", "--epochs", 1, "--lr", 0]
     done = train(other, tmp_path / "out", *options)
     assert "these start fresh: nothing of it here\n" in done.stdout
-    before, after = (
-        load(f / "ssdlite.pth")["model_state_dict"] for f in (trained, tmp_path / "out")
-    )
+    before, after = (load(f / "ssdlite.pth")["model_state_dict"] for f in (trained, tmp_path / "out"))
     for name in before:
         if name.endswith((".weight", ".bias")):  # the others are statistics of batch norm
             old, new = before[name], after[name]
@@ -396,9 +387,7 @@ def test_fine_tuning_keeps_all_but_the_rows_of_new_classes(shapes, trained, tmp_
             assert torch.equal(old, new), name
 
 
-def test_a_broken_picture_is_named_when_it_is_reached_and_nothing_is_lost(
-    shapes, trained, tmp_path
-):
+def test_a_broken_picture_is_named_when_it_is_reached_and_nothing_is_lost(shapes, trained, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shapes, broken)
     _, _, last = TrainSampler(12, batch_size=4, seed=123)  # the first epoch's batches
@@ -412,9 +401,7 @@ def test_a_broken_picture_is_named_when_it_is_reached_and_nothing_is_lost(
     assert (state["epoch"], state["samples_seen"]) == (0, 8)
     picture.write_bytes(whole)
     train(broken, tmp_path / "out", "--epochs", 2)
-    weights, expected = (
-        load(folder / "ssdlite.pth")["model_state_dict"] for folder in (tmp_path / "out", trained)
-    )
+    weights, expected = (load(folder / "ssdlite.pth")["model_state_dict"] for folder in (tmp_path / "out", trained))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -489,9 +476,7 @@ def test_a_second_run_into_a_save_folder_is_refused_until_the_first_ends(shapes,
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert f"process {first.pid} on {socket.gethostname()}" in line and str(tmp_path) in line
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        workers = [
-            pid for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()
-        ]
+        workers = [pid for pid in children if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(workers) >= 2
         # The workers live on for some seconds; to be sure of it they are stopped.
         for pid in map(int, workers):
@@ -658,8 +643,7 @@ def test_damaged_videos(trained, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "script",
-    ["train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py", "benchmark.py"],
+    "script", ["train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py", "benchmark.py"]
 )
 def test_ctrl_c_during_the_imports_is_silent(script):
     command = [sys.executable, script, "--help"]
@@ -714,9 +698,7 @@ def test_ctrl_c_during_the_imports_is_silent(script):
         ("test_dataset.py", ["--batch-size", "0"], "'0'"),
     ],
 )
-def test_a_mistake_takes_one_line_and_status_2(
-    shapes, trained, tmp_path, monkeypatch, capfd, script, options, value
-):
+def test_a_mistake_takes_one_line_and_status_2(shapes, trained, tmp_path, monkeypatch, capfd, script, options, value):
     monkeypatch.chdir(ROOT)
     places = {"folder": tmp_path / "folder", "pictures": shapes / "val2017"}
     places |= {"video": tmp_path / "clip.avi", "picture": tmp_path / "139.jpg"}
@@ -759,18 +741,11 @@ def test_a_mistake_takes_one_line_and_status_2(
         ),
         (
             "test_dataset.py",
-            "data-path val-set pretrained-model cls-threshold nms-threshold batch-size"
-            " num-workers amp output",
+            "data-path val-set pretrained-model cls-threshold nms-threshold batch-size num-workers amp output",
         ),
         ("benchmark.py", "repeats amp pictures coco-size"),
-        (
-            "test_image.py",
-            "input output json pretrained-model cls-threshold nms-threshold amp",
-        ),
-        (
-            "test_video.py",
-            "input output json pretrained-model cls-threshold nms-threshold amp",
-        ),
+        ("test_image.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
+        ("test_video.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
     ],
 )
 def test_help_names_the_options_of_the_design(monkeypatch, capfd, script, options):

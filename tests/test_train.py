@@ -255,9 +255,7 @@ def test_truth_of_a_set_with_fewer_categories_has_their_colours():
     log = SimpleNamespace(add_image=lambda tag, image, *_, **__: drawn.append(image))
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
     detector = SimpleNamespace(
-        classes=["background", "cat", "dog", "cup"],
-        category_ids=[2, 7, 44],
-        detect_resized=lambda *_, **__: [nothing],
+        classes=["background", "cat", "dog", "cup"], category_ids=[2, 7, 44], detect_resized=lambda *_, **__: [nothing]
     )
     train.write_pictures(log, detector, OneCup(), 0)
     edge = drawn[0][61:240, 300 + 240]  # the right edge of the box, in the right half

@@ -30,9 +30,7 @@ def scene(height=150, width=200):
     """A colourful picture: gradients, a rectangle, some noise."""
     y, x = np.mgrid[:height, :width]
     picture = np.stack([x * 255 / width, y * 255 / height, 255 - (x + y) * 255 / (width + height)])
-    picture[:, height // 4 : height // 2, width // 3 : width // 2] = np.reshape(
-        [220, 40, 90], (3, 1, 1)
-    )
+    picture[:, height // 4 : height // 2, width // 3 : width // 2] = np.reshape([220, 40, 90], (3, 1, 1))
     noise = np.random.default_rng(0).normal(0, 6, picture.shape)
     return (picture + noise).clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
@@ -127,9 +125,7 @@ def test_the_kinds_of_patch_are_those_of_the_paper():
 def test_crop_keeps_the_objects_whose_centre_is_inside_and_clips_them(monkeypatch):
     # Patch 20..60 x 20..80 of a picture of 100 x 100: objects worked out by hand.
     monkeypatch.setattr(transform, "sample_patch", lambda *_: np.array([0.2, 0.2, 0.6, 0.8]))
-    boxes = np.float32(
-        [(0.3, 0.3, 0.5, 0.5), (0.5, 0.1, 0.65, 0.5), (0.55, 0.5, 0.75, 0.7), (0, 0, 0.1, 0.1)]
-    )
+    boxes = np.float32([(0.3, 0.3, 0.5, 0.5), (0.5, 0.1, 0.65, 0.5), (0.55, 0.5, 0.75, 0.7), (0, 0, 0.1, 0.1)])
     image = scene(100, 100)
     cut, kept, labels = transform.crop(image, boxes, np.array([5, 6, 7, 8]), None)
     np.testing.assert_array_equal(cut, image[20:80, 20:60])
@@ -140,9 +136,7 @@ def test_crop_keeps_the_objects_whose_centre_is_inside_and_clips_them(monkeypatc
 def test_picture_without_objects_stays_whole():
     image, rng = scene(), np.random.default_rng(0)
     for _ in range(50):
-        cut, boxes, labels = transform.crop(
-            image, np.zeros((0, 4), np.float32), np.zeros(0, int), rng
-        )
+        cut, boxes, labels = transform.crop(image, np.zeros((0, 4), np.float32), np.zeros(0, int), rng)
         assert cut.shape == image.shape and boxes.shape == (0, 4) and labels.shape == (0,)
 
 
@@ -317,9 +311,7 @@ def test_colour_factors_cover_the_published_ranges():
     grey[1] = 160
     found = []
     for seed in range(600):
-        low, high = transform.jitter_colours(grey, np.random.default_rng(seed))[:, 0, 0].astype(
-            float
-        )
+        low, high = transform.jitter_colours(grey, np.random.default_rng(seed))[:, 0, 0].astype(float)
         out = transform.jitter_colours(colour, np.random.default_rng(seed))[0, 0] / 255
         turn, _, _ = colorsys.rgb_to_hsv(*out)
         brightness = (low + high) / 256
@@ -328,9 +320,7 @@ def test_colour_factors_cover_the_published_ranges():
         found.append((brightness, both / brightness, chroma / both, (turn + 0.5) % 1 - 0.5))
     expected = {"brightness": (0.875, 1.125, 0.01), "contrast": (0.5, 1.5, 0.05)}
     expected |= {"saturation": (0.5, 1.5, 0.08), "hue": (-0.05, 0.05, 0.008)}
-    for values, (name, (low, high, slack)) in zip(
-        np.transpose(found), expected.items(), strict=True
-    ):
+    for values, (name, (low, high, slack)) in zip(np.transpose(found), expected.items(), strict=True):
         assert low - slack < values.min() < low + slack, name
         assert high - slack < values.max() < high + slack, name
         middle, spread = (low + high) / 2, (high - low) / math.sqrt(12)
@@ -512,9 +502,7 @@ def test_an_odd_exif_tag_does_not_hide_the_image(tmp_path, kind):
     Image.new("RGB", (50, 40)).save(file, "JPEG", exif=exif)
     data = file.getvalue()
     assert data.count(b"\x01\x28\x00\x03") == 1
-    (tmp_path / "a.jpg").write_bytes(
-        data.replace(b"\x01\x28\x00\x03", bytes([0x01, 0x28, 0x00, kind]))
-    )
+    (tmp_path / "a.jpg").write_bytes(data.replace(b"\x01\x28\x00\x03", bytes([0x01, 0x28, 0x00, kind])))
     assert transform.read_image(tmp_path / "a.jpg").shape == (50, 40, 3)
 
 
@@ -564,10 +552,7 @@ def test_what_is_no_picture_is_a_users_error_that_names_the_file(tmp_path, name)
 
 
 def test_an_image_of_too_many_pixels_is_told_what_to_do(tmp_path):
-    for name, data in (
-        ("a.png", png_header(17_000, 11_000)),
-        ("a.jpg", jpeg_of_size(17_000, 11_000)),
-    ):
+    for name, data in (("a.png", png_header(17_000, 11_000)), ("a.jpg", jpeg_of_size(17_000, 11_000))):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: more than 178 million pixels: scale it down"):
             transform.read_image(tmp_path / name)

@@ -34,9 +34,7 @@ def test_underscores_are_as_good_as_hyphens():
 
 
 def test_values_keep_their_underscores():
-    args = parser().parse_args(
-        ["my_data", "--input", "a_b.jpg", "c_d=e_f", "_g", "--save-folder=p_q=r_s"]
-    )
+    args = parser().parse_args(["my_data", "--input", "a_b.jpg", "c_d=e_f", "_g", "--save-folder=p_q=r_s"])
     assert args.folder == "my_data" and args.save_folder == "p_q=r_s"
     assert args.input == ["a_b.jpg", "c_d=e_f", "_g"]
 
@@ -129,10 +127,7 @@ class Broken(Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_users_error_in_a_loaders_worker_is_the_same_line(capfd, workers):
     loader = DataLoader(Broken(), num_workers=workers)
-    assert (
-        answer(lambda: list(loader), capfd)
-        == "error: c.jpg: cannot be read (cut off): restore it\n"
-    )
+    assert answer(lambda: list(loader), capfd) == "error: c.jpg: cannot be read (cut off): restore it\n"
 
 
 def test_a_full_disk_is_one_line_and_status_2(capsys):
@@ -145,9 +140,7 @@ def test_a_full_disk_is_one_line_and_status_2(capsys):
     assert "No space left on device" in err and "make room" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("ours"), KeyError("ours"), SystemExit(130), OSError(errno.EIO, "I/O")]
-)
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), SystemExit(130), OSError(errno.EIO, "I/O")])
 def test_other_exceptions_pass_through(capsys, error):
     def main():
         raise error

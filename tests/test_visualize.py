@@ -162,9 +162,7 @@ def test_lines_and_type_scale_with_the_picture():
     assert 3 * small_line <= large_line <= 8 * small_line  # OpenCV draws 5 as 7 pixels
 
 
-@pytest.mark.parametrize(
-    "a, b", [("人", "狗"), ("ж", "я"), ("ك", "ق"), ("é", "ü"), ("犬", "猫"), ("개", "말")]
-)
+@pytest.mark.parametrize("a, b", [("人", "狗"), ("ж", "я"), ("ك", "ق"), ("é", "ü"), ("犬", "猫"), ("개", "말")])
 def test_names_in_other_scripts_are_written_not_replaced_by_question_marks(a, b):
     box = [[100, 100, 200, 160]]
     drawn = {name: draw(box, [1], None, ["", name]) for name in (a, b, "?", "�", " ")}

@@ -56,9 +56,7 @@ def weights(shapes):
             arrays[name] = rng.normal(0, 0.1, shape).astype(np.float32)
         elif len(shape) == 4:
             gain = {"loc": 1.0, "conf": 36.0}.get(name.split(".")[0], 2.0)
-            arrays[name] = rng.normal(0, (gain / np.prod(shape[1:])) ** 0.5, shape).astype(
-                np.float32
-            )
+            arrays[name] = rng.normal(0, (gain / np.prod(shape[1:])) ** 0.5, shape).astype(np.float32)
         elif name.endswith("weight"):
             arrays[name] = rng.uniform(0.4, 0.8, shape).astype(np.float32)
         else:
