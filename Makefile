@@ -10,7 +10,7 @@ KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 .PHONY: demo figures test
 
 demo: .venv/installed
-	$(PYTHON) -m src.shapes demo/shapes --train 650 --val 100 --seed 0
+	$(PYTHON) -m demo.shapes demo/shapes --train 650 --val 100 --seed 0
 	rm -rf $(RUN)
 	$(KEEP_MEMORY) $(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone \
 	  --epochs 6 --multistep 5 --batch-size 4 --lr 0.06 --num-workers 2 \
@@ -21,19 +21,19 @@ demo: .venv/installed
 	@echo "and at the curves with: .venv/bin/tensorboard --logdir $(RUN)/tensorboard"
 
 figures: .venv/installed-dev
-	$(PYTHON) -m src.shapes demo/shapes --train 650 --val 100 --seed 0
+	$(PYTHON) -m demo.shapes demo/shapes --train 650 --val 100 --seed 0
 	rm -rf $(RUN)
 	$(KEEP_MEMORY) $(PYTHON) train.py --data-path demo/shapes --model ssdlite --no-pretrained-backbone \
 	  --epochs 14 --multistep 11 13 --batch-size 16 --lr 0.04 $(AMP) --num-workers 1 \
 	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
-	$(PYTHON) demo/slim.py $(RUN)/ssdlite_best.pth demo/ssdlite_shapes.pth
-	$(PYTHON) demo/figures.py --data-path demo/shapes --pretrained-model demo/ssdlite_shapes.pth
+	$(PYTHON) -m demo.slim $(RUN)/ssdlite_best.pth demo/ssdlite_shapes.pth
+	$(PYTHON) -m demo.figures --data-path demo/shapes --pretrained-model demo/ssdlite_shapes.pth
 	cp demo/shapes/val2017/000000000160.jpg demo/pictures/1.jpg
 	cp demo/shapes/val2017/000000000178.jpg demo/pictures/2.jpg
 	cp demo/shapes/val2017/000000000152.jpg demo/pictures/3.jpg
-	$(PYTHON) demo/video.py --output $(RUN)/moving.avi
+	$(PYTHON) -m demo.video --output $(RUN)/moving.avi
 	$(PYTHON) test_video.py --pretrained-model demo/ssdlite_shapes.pth --input $(RUN)/moving.avi
-	$(PYTHON) demo/video.py --input $(RUN)/moving_prediction.mp4 --output demo/video.gif
+	$(PYTHON) -m demo.video --input $(RUN)/moving_prediction.mp4 --output demo/video.gif
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .

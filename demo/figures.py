@@ -1,7 +1,7 @@
 """Draw how SSD works, from the code itself: seven figures.
 
-    python demo/figures.py --data-path demo/shapes --pretrained-model demo/ssdlite_shapes.pth
-    python demo/figures.py --data-path my_data --model ssd --output figures
+    python -m demo.figures --data-path demo/shapes --pretrained-model demo/ssdlite_shapes.pth
+    python -m demo.figures --data-path my_data --model ssd --output figures
 
 Look at your data before you train on it: without a checkpoint the first four are drawn (the hard
 negatives are then those of an untrained network). Needs matplotlib (requirements-dev.txt).
@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import usage
 from src.boxes import ANCHORS, INPUT_SIZE, Encoder, make_default_boxes, pairwise_iou, to_corners

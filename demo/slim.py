@@ -1,12 +1,9 @@
 """Make a small file of a checkpoint: the weights alone, in half precision, for detection.
 
-python demo/slim.py trained_models/ssdlite_best.pth demo/ssdlite_shapes.pth
+python -m demo.slim trained_models/ssdlite_best.pth demo/ssdlite_shapes.pth
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src import usage
 from src.checkpoint import load_checkpoint, save_checkpoint

@@ -1,11 +1,10 @@
 """Draw a clip of moving shapes, and make an animated GIF of a video.
 
-python demo/video.py --output moving.avi
+python -m demo.video --output moving.avi
 python test_video.py --pretrained-model demo/ssdlite_shapes.pth --input moving.avi --output b.mp4
-python demo/video.py --input b.mp4 --output demo/video.gif
+python -m demo.video --input b.mp4 --output demo/video.gif
 """
 
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,9 +12,8 @@ import numpy as np
 from PIL import Image
 from shapely import affinity
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from src import shapes, usage
+from demo import shapes
+from src import usage
 from src.usage import UserError
 
 WIDTH, HEIGHT, FRAMES, RATE = 320, 240, 30, 6  # RATE: frames a second

@@ -2,7 +2,7 @@
 
 import pytest
 
-from src.shapes import make_dataset
+from demo.shapes import make_dataset
 
 
 @pytest.fixture(scope="session")

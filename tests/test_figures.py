@@ -61,7 +61,7 @@ def test_three_negatives_for_each_matched_box(figures, shapes_folder):
 
 
 def test_figures_of_own_data_and_of_a_checkpoint(shapes_folder, tmp_path):
-    script = ["demo/figures.py", "--data-path", shapes_folder, "--output"]
+    script = ["-m", "demo.figures", "--data-path", shapes_folder, "--output"]
     run(*script, tmp_path / "own", "--model", "ssd")
     assert sorted(f.stem for f in (tmp_path / "own").iterdir()) == sorted(FIRST)
     run(*script, tmp_path / "all", "--pretrained-model", CHECKPOINT)
@@ -75,7 +75,7 @@ def test_figures_of_own_data_and_of_a_checkpoint(shapes_folder, tmp_path):
 def test_a_checkpoint_of_other_classes_is_refused(shapes_folder, tmp_path):
     state = load_checkpoint(CHECKPOINT)
     save_checkpoint(tmp_path / "other.pth", state | {"classes": ["background", *"abcdef"]})
-    script = ["demo/figures.py", "--data-path", shapes_folder, "--output", tmp_path / "all"]
+    script = ["-m", "demo.figures", "--data-path", shapes_folder, "--output", tmp_path / "all"]
     done = run(*script, "--pretrained-model", tmp_path / "other.pth", status=2)
     assert "other classes" in done.stderr and not (tmp_path / "all").exists()
 
@@ -86,7 +86,7 @@ def test_slim_checkpoint_detects_what_the_whole_one_does(tmp_path):
     names = {"classes": ["background", "a", "b"], "category_ids": [4, 9]}
     state = {"model": "ssdlite", "model_state_dict": network.state_dict(), "optimizer": {}} | names
     save_checkpoint(tmp_path / "whole.pth", state)
-    run("demo/slim.py", tmp_path / "whole.pth", tmp_path / "slim.pth")
+    run("-m", "demo.slim", tmp_path / "whole.pth", tmp_path / "slim.pth")
     slim = load_checkpoint(tmp_path / "slim.pth")
     assert {key: slim[key] for key in names} == names and "optimizer" not in slim
     for name, values in network.state_dict().items():
@@ -97,11 +97,11 @@ def test_slim_checkpoint_detects_what_the_whole_one_does(tmp_path):
 
 def test_clip_and_gif(tmp_path):
     clip, gif = tmp_path / "moving.avi", tmp_path / "moving.gif"
-    run("demo/video.py", "--output", clip)
+    run("-m", "demo.video", "--output", clip)
     frames = frames_of(clip)
     assert len(frames) == 30 and frames[0].shape == (240, 320, 3)
     assert abs(frames[0] - frames[-1]).mean() > 5  # something moves
-    run("demo/video.py", "--input", clip, "--output", gif)
+    run("-m", "demo.video", "--input", clip, "--output", gif)
     shown = Image.open(gif)
     assert shown.n_frames == 30 and shown.info["duration"] == pytest.approx(1000 / 6, abs=10)
 

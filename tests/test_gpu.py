@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from demo.shapes import make_dataset
 from src.boxes import Encoder, make_default_boxes
 from src.detector import Detector
 from src.engine import train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
-from src.shapes import make_dataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ROOT = Path(__file__).resolve().parents[1]

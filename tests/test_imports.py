@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # What each module of src may import from src, beside usage, which everyone may.
 FOUNDATIONS = {"boxes", "loss", "transform", "distributed", "visualize"}
-BELOW = {name: set() for name in (*FOUNDATIONS, "usage", "shapes")}
+BELOW = {name: set() for name in (*FOUNDATIONS, "usage")}
 BELOW["model"] = {"boxes"}
 BELOW["dataset"] = BELOW["checkpoint"] = FOUNDATIONS | {"model"}
 BELOW["detector"] = BELOW["engine"] = FOUNDATIONS | {"model", "dataset", "checkpoint"}
@@ -54,7 +54,7 @@ def test_scripts_import_only_modules_of_src(script):
 
 
 @pytest.mark.parametrize(
-    "path", [str(p.relative_to(ROOT)) for f in ("*.py", "src/*.py", "demo/*.py") for p in ROOT.glob(f)]
+    "path", [str(p.relative_to(ROOT)) for f in ("*.py", "src/*.py", "demo/*.py", "tools/*.py") for p in ROOT.glob(f)]
 )
 def test_nothing_imports_a_script(path):
     assert {name.split(".")[0] for name in imported(ROOT / path)} & set(SCRIPTS) == set()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from runs import ENV, ROOT
 
-from src.shapes import make_dataset
+from demo.shapes import make_dataset
 
 TEXT = re.sub(r"\\\n +", "", (ROOT / "README.md").read_text())  # continued lines as one
 BLOCKS = "\n".join(re.findall(r"(?m)^    (.+)$", TEXT))  # what is indented is code
@@ -24,7 +24,7 @@ COMMANDS = [
     for line in BLOCKS.splitlines()
     if re.match(r"(python3?|torchrun|pip|make|docker|tensorboard|git|\.) ", line)
 ]
-OURS = [c for c in COMMANDS if re.search(r"(\w+\.py|src\.shapes)( |$)", c)]
+OURS = [c for c in COMMANDS if re.search(r"(\w+\.py|(demo|tools)\.\w+)( |$)", c)]
 QUICK = "--epochs 1 --multistep 1 --no-pretrained-backbone --batch-size 2 --num-workers 0".split()
 ELSEWHERE = {
     "git": "the network",
@@ -56,20 +56,20 @@ def test_links_lead_to_files_and_to_the_lines_that_they_name():
 def test_there_are_commands():
     assert len(OURS) >= 10
     scripts = {"train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py"}
-    scripts |= {"demo/figures.py"}
+    scripts |= {"demo.figures", "demo.shapes"}
     assert scripts <= {word for command in OURS for word in command.split()}
 
 
 @pytest.mark.parametrize("command", OURS)
 def test_options_are_those_of_the_script(command, monkeypatch, capsys):
     words = shlex.split(command)
-    start = next(n for n, w in enumerate(words) if w.endswith(".py") or w == "src.shapes")
+    start = next(n for n, w in enumerate(words) if re.fullmatch(r"\w+\.py|(demo|tools)\.\w+", w))
     options = {word for word in words[start:] if word.startswith("--")}
     monkeypatch.setattr(sys, "argv", [words[start], "--help"])
-    monkeypatch.delitem(sys.modules, "src.shapes", raising=False)  # or runpy warns
+    monkeypatch.delitem(sys.modules, words[start], raising=False)  # or runpy warns
     with pytest.raises(SystemExit):
-        if words[start] == "src.shapes":
-            runpy.run_module("src.shapes", run_name="__main__")
+        if words[start - 1] == "-m":
+            runpy.run_module(words[start], run_name="__main__")
         else:
             runpy.run_path(str(ROOT / words[start]), run_name="__main__")
     assert options <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
@@ -85,7 +85,7 @@ def test_commands_run_one_after_the_other(tmp_path):
     make_dataset(tmp_path / "my_data", train=8, val=4)
     for photo in ("a.jpg", "your_photo.jpg"):
         shutil.copy(next((tmp_path / "my_data" / "val2017").iterdir()), tmp_path / photo)
-    draw = [sys.executable, "demo/video.py", "--output", "a.avi"]
+    draw = [sys.executable, "-m", "demo.video", "--output", "a.avi"]
     subprocess.run(draw, cwd=tmp_path, env=ENV, check=True)
     (tmp_path / "a.avi").rename(tmp_path / "a.mp4")  # OpenCV looks into it, not at its name
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -102,7 +102,7 @@ def test_commands_run_one_after_the_other(tmp_path):
         small = {"--nproc_per_node=8": "--nproc_per_node=2", "--nnodes=2": "--nnodes=1"}
         words = [small.get(word, word) for word in words]
         words = [word.replace("HOST:29500", "localhost:29533") for word in words]
-        if "src.shapes" in words:
+        if "demo.shapes" in words:
             words += ["--train", "4", "--val", "2"]
         if words[0] == "tensorboard":
             words.append("--inspect")

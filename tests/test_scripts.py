@@ -28,11 +28,11 @@ from PIL import Image
 from runs import ENV, ROOT, TORCHRUN, frames_of, run, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from demo.shapes import make_dataset
 from src.checkpoint import COCO_CATEGORY_IDS, COCO_CLASSES
 from src.dataset import CocoDataset, TrainSampler
 from src.engine import METRICS
 from src.model import build_model
-from src.shapes import make_dataset
 from src.transform import read_image
 from src.visualize import class_colour
 
@@ -643,10 +643,10 @@ def test_damaged_videos(trained, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py", "benchmark.py"]
+    "script", ["train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py", "tools.benchmark"]
 )
 def test_ctrl_c_during_the_imports_is_silent(script):
-    command = [sys.executable, script, "--help"]
+    command = [sys.executable, *([script] if script.endswith(".py") else ["-m", script]), "--help"]
     process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=-1, stderr=-1, text=True)
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch_cpu" not in maps.read_text():  # a library of torch, so seconds to go
@@ -743,7 +743,7 @@ def test_a_mistake_takes_one_line_and_status_2(shapes, trained, tmp_path, monkey
             "test_dataset.py",
             "data-path val-set pretrained-model cls-threshold nms-threshold batch-size num-workers amp output",
         ),
-        ("benchmark.py", "repeats amp pictures coco-size"),
+        ("tools/benchmark.py", "repeats amp pictures coco-size"),
         ("test_image.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
         ("test_video.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
     ],

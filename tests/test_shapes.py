@@ -1,4 +1,4 @@
-"""src.shapes against shapely, pycocotools, a painter's label map and the pixels it wrote."""
+"""demo.shapes against shapely, pycocotools, a painter's label map and the pixels it wrote."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from shapely import MultiPolygon, Polygon, box, union_all
 
-from src import shapes
+from demo import shapes
 
 ROOT = Path(__file__).parent.parent
 TRAIN, VAL = 32, 6
@@ -206,7 +206,7 @@ def test_objects_stand_out_from_what_surrounds_them(folder, coco):
 
 def run(*arguments):
     """Run the command line; return (status, standard error's lines)."""
-    command = [sys.executable, "-m", "src.shapes", *map(str, arguments)]
+    command = [sys.executable, "-m", "demo.shapes", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stderr.splitlines()
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from runs import ENV, ROOT, TORCHRUN, same, scalars
 
-from src.shapes import make_dataset
+from demo.shapes import make_dataset
 
 ROUNDS = int(os.environ.get("ROUNDS", 3))
 ENDED_WELL = {0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL}

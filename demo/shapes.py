@@ -1,6 +1,6 @@
 """Synthetic detection data in COCO's layout: rotated, overlapping shapes on cluttered ground.
 
-    python -m src.shapes FOLDER --train 400 --val 100 --seed 0
+    python -m demo.shapes FOLDER --train 400 --val 100 --seed 0
 
 writes FOLDER/annotations/instances_{train,val}2017.json and FOLDER/{train,val}2017/*.jpg. Like
 COCO it has gaps in the category ids, pictures without objects, crowd regions and masks of what is
@@ -274,7 +274,7 @@ def make_dataset(folder, train=400, val=100, seed=0):
 
 def main():
     """Parse the command line and write the data set."""
-    parser = ArgumentParser(prog="python -m src.shapes", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m demo.shapes", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", help="where to write; made when missing")
     for name, default, what in (
         ("train", 400, "training pictures"),

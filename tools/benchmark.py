@@ -1,7 +1,7 @@
 """Time every stage beside the plain way of doing it, in one run on one machine.
 
-    python benchmark.py
-    python benchmark.py --amp --repeats 15
+    python -m tools.benchmark
+    python -m tools.benchmark --amp --repeats 15
 
 "Plain" is float32, contiguous, batch norm on its own, Pillow and torchvision's transforms, IoU with
 all default boxes at once, NMS in Python loops over classes and boxes, mining with two sorts. The
@@ -37,7 +37,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_tensor
 
-from src import shapes
+from demo import shapes
 from src.boxes import Encoder, make_default_boxes, to_corners
 from src.checkpoint import save_checkpoint
 from src.dataset import CocoDataset, annotation_file, ground_truth
