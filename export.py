@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from src.detector import Detector
-from src.transform import INPUT_SIZE, normalize
+from src.transform import normalize
 
 try:
     import onnx
@@ -99,7 +99,7 @@ class Network(nn.Module):
 def export(detector):
     """Return the ONNX model (onnx.ModelProto) of a Detector on the CPU, in float32."""
     network = Network(detector).eval()
-    pixels = torch.zeros(1, INPUT_SIZE, INPUT_SIZE, 3, dtype=torch.uint8)
+    pixels = torch.zeros(1, detector.size, detector.size, 3, dtype=torch.uint8)
     normalize(pixels)  # which keeps its constants: real ones, not the tracer's
     outputs = ["all_boxes", "all_scores"]
     program = torch.onnx.export(

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from src.dataset import CocoDataset, check_categories, ground_truth
+from src.annotations import ground_truth
+from src.dataset import CocoDataset, check_categories
 from src.detector import Detector
 from src.engine import coco_results, evaluate, metrics_table
 from src.usage import UserError
@@ -46,7 +47,7 @@ def main():
     output = Path(args.output)
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
-    dataset = CocoDataset(args.data_path, args.val_set)
+    dataset = CocoDataset(args.data_path, args.val_set, size=detector.size)
     check_categories(dataset, detector.category_ids, detector.classes, args.pretrained_model)
     if output.resolve() == dataset.folder.resolve():
         raise UserError(f"--output {output}: is the pictures' own folder; give another")

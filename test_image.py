@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from src.detector import Detector, record
-from src.transform import read_image
+from src.images import read_image
 from src.usage import UserError
 from src.visualize import draw_detections
 

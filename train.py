@@ -32,14 +32,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from src import distributed
-from src.boxes import INPUT_SIZE, Encoder, make_default_boxes
+from src.annotations import ground_truth
+from src.boxes import Encoder, make_default_boxes
 from src.checkpoint import fill, fine_tune_from, load_checkpoint, save_checkpoint
-from src.dataset import CocoDataset, TrainSampler, check_categories, ground_truth
+from src.dataset import CocoDataset, TrainSampler, check_categories
 from src.detector import Detector
 from src.engine import METRICS, evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
-from src.usage import UnreadablePicture, UserError
+from src.usage import UnreadableImage, UserError
 from src.visualize import draw_detections
 
 
@@ -282,13 +283,13 @@ def write_pictures(log, detector, val_set, step, count=4):
     """Show the first validation pictures in TensorBoard: what is found, and beside it the truth."""
     indices = range(min(count, len(val_set)))
     images = [val_set[index][0] for index in indices]  # at the network's size
-    sizes = torch.full((len(images), 2), INPUT_SIZE)
+    sizes = torch.full((len(images), 2), detector.size)
     found = detector.detect_resized(torch.from_numpy(np.stack(images)), sizes, score_threshold=0.3)
     for index, image, one in zip(indices, images, found, strict=True):
         boxes, labels = val_set.objects(index)  # of its own categories, perhaps fewer
         labels = np.searchsorted(detector.category_ids, np.take(val_set.category_ids, labels - 1))
         drawn = draw_detections(image, **one, classes=detector.classes)
-        truth = draw_detections(image, boxes * INPUT_SIZE, labels + 1, None, detector.classes)
+        truth = draw_detections(image, boxes * detector.size, labels + 1, None, detector.classes)
         log.add_image(f"Test/Picture_{index}", np.hstack([drawn, truth]), step, dataformats="HWC")
 
 
@@ -391,7 +392,7 @@ def main():
                 if agree and told_to_stop(received):
                     save(latest, *everything)
                     leave(latest, received)
-        except (UnreadablePicture, OSError):  # a full disk for the log, perhaps
+        except (UnreadableImage, OSError):  # a full disk for the log, perhaps
             # Whichever process meets it: all have the same parameters.
             save(latest, *everything, by=rank)
             raise

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from src import usage
-from src.boxes import ANCHORS, INPUT_SIZE, Encoder, make_default_boxes, pairwise_iou, to_corners
-from src.dataset import CocoDataset, ground_truth
+from src.annotations import ground_truth
+from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes, pairwise_iou, to_corners
+from src.dataset import CocoDataset
 from src.detector import Detector
 from src.engine import coco_results, evaluate, run_coco_eval
 from src.loss import MultiBoxLoss
@@ -43,7 +44,7 @@ def parse_args():
     add("--data-path", default="demo/shapes", help="folder in COCO layout")
     add("--train-set", default="train2017", help="of the first four figures")
     add("--val-set", default="val2017", help="of the last three")
-    add("--model", choices=sorted(ANCHORS), help="ssdlite, unless a checkpoint says it")
+    add("--model", choices=sorted(DEFAULT_BOXES), help="ssdlite, unless a checkpoint says it")
     add("--pretrained-model", help="checkpoint trained on these classes; adds the last three")
     add("--output", default="demo/figures", help="folder")
     add("--seed", type=usage.number(int, 0), default=0, help="which pictures are shown")
@@ -93,18 +94,18 @@ def class_colours(labels):
 
 def default_boxes(data, rng, name):
     """The default boxes of one cell on each of the six maps."""
-    anchors, corners = ANCHORS[name], to_corners(make_default_boxes(name)).numpy()
-    image = resize(data.read(pick(data, rng, 1, fewest=3, most=12)[0]))
+    constants, corners = DEFAULT_BOXES[name], to_corners(make_default_boxes(name)).numpy()
+    image = resize(data.read(pick(data, rng, 1, fewest=3, most=12)[0]), constants.input_size)
     figure, axes = panels(2, 3, 6.0)
     first = 0
-    maps = zip(axes, anchors.maps, anchors.steps, anchors.per_cell, strict=True)
+    maps = zip(axes, constants.maps, constants.steps, constants.per_cell, strict=True)
     for ax, cells, step, per_cell in maps:
         of_map = corners[first : first + cells**2 * per_cell]
         first += len(of_map)
         of_map = of_map.reshape(per_cell, cells, cells, 4)  # shape, row, column
         total = f"{per_cell * cells**2} boxes"
         show(ax, image, f"{cells} x {cells} cells, {per_cell} boxes each: {total}", pale=0.55)
-        borders = np.arange(0, INPUT_SIZE, step) / INPUT_SIZE  # the last cell may be cut short
+        borders = np.arange(0, constants.input_size, step) / constants.input_size  # the last cell may be cut short
         ax.hlines([*borders, 1], 0, 1, color="grey", lw=0.5)
         ax.vlines([*borders, 1], 0, 1, color="grey", lw=0.5)
         middle = cells // 2
@@ -120,7 +121,7 @@ def matching(data, rng, name):
     """The default boxes that each object of a picture is matched to."""
     encoder = Encoder(make_default_boxes(name))
     index = pick(data, rng, 1, fewest=6, most=6)[0]
-    image, (boxes, labels) = resize(data.read(index)), data.objects(index)
+    image, (boxes, labels) = resize(data.read(index), 300), data.objects(index)
     boxes = torch.from_numpy(boxes)
     # Each object is a class of its own here, so that the targets say whose a default box is.
     _, owners = encoder.encode(boxes, torch.arange(1, len(boxes) + 1))
@@ -157,7 +158,7 @@ def augmentation(data, rng, name):
     for box, colour in zip(boxes, class_colours(labels), strict=True):
         outline(axes[0], box, colour, 2)
     for ax in axes[1:]:
-        drawn, kept, names = augment(image, boxes, labels, rng)
+        drawn, kept, names = augment(image, boxes, labels, rng, 300)
         show(ax, drawn, f"{len(kept)} of {len(boxes)} objects")
         for box, colour in zip(kept, class_colours(names), strict=True):
             outline(ax, box, colour, 2)
@@ -169,7 +170,7 @@ def hard_negatives(data, rng, name, network, state):
     """The background boxes that count in the loss: three for each matched one."""
     encoder = Encoder(make_default_boxes(name))
     chosen = pick(data, rng, 4, fewest=1, most=3)
-    images = np.stack([resize(data.read(index)) for index in chosen])
+    images = np.stack([resize(data.read(index), 300) for index in chosen])
     objects = [[torch.from_numpy(part) for part in data.objects(index)] for index in chosen]
     targets = [encoder.encode(*one) for one in objects]
     loc_targets, cls_targets = (torch.stack(part) for part in zip(*targets, strict=True))

@@ -1,6 +1,6 @@
 """Default boxes, and the Encoder: matching before training, decoding with NMS after the network.
 
-All boxes are relative to the picture, in [0, 1]: `default_boxes` as cxcywh, objects as xyxy.
+All boxes are relative to the image, in [0, 1]: `default_boxes` as cxcywh, objects as xyxy.
 """
 
 import math
@@ -11,31 +11,36 @@ from torchvision.ops import nms
 
 
 @dataclass(frozen=True)
-class Anchors:
-    """Where a model's default boxes lie, in pixels of a 300 x 300 picture (SSD section 2.2)."""
+class DefaultBoxes:
+    """Where a model's default boxes lie, in pixels of its input (SSD section 2.2).
 
+    Per cell of each map: two squares, and two boxes for each further aspect ratio.
+    """
+
+    input_size: int  # pixels along each side of the image
     maps: tuple  # cells along each side of a feature map
     steps: tuple  # distance of neighbouring cells
     sizes: tuple  # s_k of eq. 4, one more than maps: the last is for the sqrt(s_k s_k+1) box
-    ratios: tuple  # aspect ratios beside 1; each stands for itself and its inverse
+    ratios: tuple  # aspect ratios other than 1; each is for itself and its inverse
 
     @property
     def per_cell(self):
-        """Default boxes a cell on each map: two squares, and two for each further ratio."""
+        """Default boxes per cell of each map."""
         return tuple(2 + 2 * len(ratios) for ratios in self.ratios)
 
 
-INPUT_SIZE = 300
-ANCHORS = {
+DEFAULT_BOXES = {
     # The paper's COCO sizes (section 3.4 and its code): 0.07 for the first map, then 0.15 to 1.05.
-    "ssd": Anchors(
+    "ssd": DefaultBoxes(
+        input_size=300,
         maps=(38, 19, 10, 5, 3, 1),
         steps=(8, 16, 32, 64, 100, 300),
         sizes=(21, 45, 99, 153, 207, 261, 315),
         ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
     ),
     # MobileNetV2 section 6.2 names the maps; sizes are 0.2 to 0.95 (eq. 4), and 1.1 for the last.
-    "ssdlite": Anchors(
+    "ssdlite": DefaultBoxes(
+        input_size=300,
         maps=(19, 10, 5, 3, 2, 1),
         steps=(16, 32, 64, 100, 150, 300),
         sizes=(60, 105, 150, 195, 240, 285, 330),
@@ -49,18 +54,20 @@ def make_default_boxes(name):
 
     Order, the same as the heads': map, then shape, then row, then column. SSD section 2.2.
     """
-    anchors, boxes = ANCHORS[name], []
-    for k, (cells, step) in enumerate(zip(anchors.maps, anchors.steps, strict=True)):
-        size, next_size = anchors.sizes[k], anchors.sizes[k + 1]
+    constants, boxes = DEFAULT_BOXES[name], []
+    for k, (cells, step) in enumerate(zip(constants.maps, constants.steps, strict=True)):
+        size, next_size = constants.sizes[k], constants.sizes[k + 1]
         shapes = [(size, size), (math.sqrt(size * next_size),) * 2]
-        for ratio in anchors.ratios[k]:
+        for ratio in constants.ratios[k]:
             wide, narrow = size * math.sqrt(ratio), size / math.sqrt(ratio)
             shapes += [(wide, narrow), (narrow, wide)]
         for width, height in shapes:
             for row in range(cells):
                 for column in range(cells):
+                    # The paper's text puts the centres at (i + 0.5) / |f_k|. Here, as in its code: at
+                    # (i + 0.5) steps, which differs where a step does not divide the input size.
                     boxes.append(((column + 0.5) * step, (row + 0.5) * step, width, height))
-    return (torch.tensor(boxes, dtype=torch.float64) / INPUT_SIZE).clamp(0, 1).float()
+    return (torch.tensor(boxes, dtype=torch.float64) / constants.input_size).clamp(0, 1).float()
 
 
 def to_corners(boxes):
@@ -102,8 +109,9 @@ class Encoder:
 
         boxes (G, 4) float32 xyxy in [0, 1], labels (G,) int64 -> loc_targets (D, 4) float32,
         cls_targets (D,) int64, both 0 where a default box has no object (0 is background).
-        A default box takes the object it overlaps most, if IoU > 0.5. Each object gets the default
-        box it overlaps most whatever the IoU; where two want the same, the later has it.
+        A default box gets the object it overlaps most, if their IoU exceeds 0.5. Each object gets the
+        default box it overlaps most, whatever the IoU; if two objects share a best box, the later one
+        gets it.
         """
         loc_targets = torch.zeros_like(self.default_boxes)
         cls_targets = torch.zeros(len(self.default_boxes), dtype=torch.int64)
@@ -115,6 +123,7 @@ class Encoder:
             matched[d], best_iou[d] = g, 1.0
         positive = (best_iou > 0.5).nonzero().squeeze(1)  # (P,)
         matched = matched[positive]
+        # Eq. 2: offsets of the centre relative to the default box's size, and the logarithm of the ratio of sizes.
         objects, defaults = to_centres(boxes[matched]), self.default_boxes[positive]
         offsets = (objects[:, :2] - defaults[:, :2]) / defaults[:, 2:] / self.variances[0]
         scales = (objects[:, 2:] / defaults[:, 2:]).log() / self.variances[1]
@@ -127,8 +136,8 @@ class Encoder:
 
         loc (B, D, 4), cls_logits (B, D, C) -> list of B dicts: boxes (K, 4) xyxy in [0, 1],
         labels (K,) int64 from 1, scores (K,) descending; K <= max_detections. Candidates score
-        above `score_threshold`; NMS runs class by class on the unclipped boxes of a class's best
-        `max_detections` candidates, and removes what has IoU > `nms_threshold` with a better one.
+        above `score_threshold`. For each class, NMS takes its best `max_detections` candidates and
+        removes those whose IoU with a better one exceeds `nms_threshold`; boxes are clipped afterwards.
         """
         return [
             self._decode_image(*image, score_threshold, nms_threshold, max_detections)
@@ -136,25 +145,29 @@ class Encoder:
         ]
 
     def _decode_image(self, loc, logits, score_threshold, nms_threshold, max_detections):
-        # softmax(c) > t needs logit(c) - logit(background) > log(t): most boxes drop out here,
-        # before the costly softmax.
+        # 1. Discard boxes that are background, which most are, before the costly softmax:
+        # softmax(c) > t needs logit(c) - logit(background) > log(t).
         log_threshold = math.log(score_threshold) if score_threshold > 0 else -math.inf
-        kept = (logits[:, 1:].amax(1) - logits[:, 0] > log_threshold).nonzero().squeeze(1)
+        kept = (logits[:, 1:].amax(1) - logits[:, 0] > log_threshold).nonzero().squeeze(1)  # (N,)
+        # 2. Softmax, then only the classes that score above the threshold somewhere: few do.
         scores = logits[kept].softmax(dim=1)[:, 1:].T  # (C - 1, N)
-        present = (scores > score_threshold).any(dim=1).nonzero().squeeze(1)  # most classes are not
-        scores, order = scores[present].topk(min(max_detections, len(kept)), dim=1)
-        boxes = self.apply_offsets(loc[kept], kept)
+        present = (scores > score_threshold).any(dim=1).nonzero().squeeze(1)  # (P,)
+        # 3. The best candidates of each class, in descending order.
+        scores, order = scores[present].topk(min(max_detections, len(kept)), dim=1)  # (P, 200) both
+        counts = (scores > score_threshold).sum(dim=1).tolist()
+        boxes = self.apply_offsets(loc[kept], kept)  # (N, 4)
+        # 4. NMS class by class.
         survivors = [(boxes.new_zeros(0, 4), order.new_zeros(0), scores.new_zeros(0))]
-        counts = (scores > score_threshold).sum(dim=1).tolist()  # scores are in descending order
         for row, (label, count) in enumerate(zip((present + 1).tolist(), counts, strict=True)):
             class_boxes, class_scores = boxes[order[row, :count]], scores[row, :count]
             keep = nms(class_boxes, class_scores, nms_threshold)
             labels = torch.full_like(keep, label)
             survivors.append((class_boxes[keep], labels, class_scores[keep]))
         boxes, labels, scores = (torch.cat(parts) for parts in zip(*survivors, strict=True))
+        # 5. The best of all classes.
         scores, best = scores.sort(descending=True, stable=True)
-        best = best[:max_detections]
-        return {"boxes": boxes[best].clamp(0, 1), "labels": labels[best], "scores": scores[:max_detections]}
+        scores, best = scores[:max_detections], best[:max_detections]
+        return {"boxes": boxes[best].clamp(0, 1), "labels": labels[best], "scores": scores}
 
     def apply_offsets(self, loc, kept=slice(None)):
         """The inverse of what `encode` writes: loc (N, 4) of boxes `kept` (N,) -> (N, 4) xyxy."""

@@ -138,7 +138,7 @@ def fine_tune_from(model, checkpoint, classes, path):
     Rows of the class heads follow the names of the classes; only those of new names start fresh.
     """
     known = checkpoint["classes"]
-    source = type(model)(len(known), pretrained_backbone=False)
+    source = type(model)(model.default_boxes, len(known), pretrained_backbone=False)
     fill(source, checkpoint["model_state_dict"], path)
     weights, own = source.state_dict(), model.state_dict()
     # Row 0 is ours; a category of the user's may be called "background", too.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from src.boxes import Encoder, make_default_boxes
+from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes
 from src.checkpoint import load_checkpoint, model_of
 from src.transform import normalize, resize
 
@@ -28,6 +28,7 @@ class Detector:
         model = fold_batch_norm(copy.deepcopy(model).eval())
         self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.encoder = Encoder(make_default_boxes(name).to(self.device))
+        self.size = DEFAULT_BOXES[name].input_size
         self.name, self.classes, self.category_ids = name, classes, category_ids
 
     @classmethod
@@ -43,7 +44,7 @@ class Detector:
         return detector
 
     def __call__(self, images, score_threshold=0.01, nms_threshold=0.5):
-        """Detect in a list of (H, W, 3) uint8 RGB pictures of any sizes.
+        """Detect in a list of (H, W, 3) uint8 RGB images of any sizes.
 
         Returns a list of {boxes (K, 4) float32 xyxy in pixels, labels (K,) int64 from 1, scores
         (K,) descending}, on the CPU, K <= 200.
@@ -51,12 +52,12 @@ class Detector:
         if not images:
             return []
         sizes = torch.tensor([[image.shape[1], image.shape[0]] for image in images])
-        pixels = torch.stack([torch.from_numpy(resize(image)) for image in images])
+        pixels = torch.stack([torch.from_numpy(resize(image, self.size)) for image in images])
         return self.detect_resized(pixels, sizes, score_threshold, nms_threshold)
 
     @torch.inference_mode()
     def detect_resized(self, pixels, sizes, score_threshold=0.01, nms_threshold=0.5):
-        """The same for pictures at the network's size: pixels (B, 300, 300, 3) uint8.
+        """The same for images at the network's size: pixels (B, size, size, 3) uint8.
 
         sizes (B, 2): width and height in pixels that the boxes are scaled to.
         """

@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from src import distributed
-from src.dataset import as_coco
+from src.annotations import as_coco
 from src.transform import normalize
 from src.usage import UserError
 

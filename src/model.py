@@ -9,12 +9,12 @@ from torch import nn
 from torchvision.models import MobileNet_V2_Weights, ResNet50_Weights, mobilenet_v2, resnet50
 from torchvision.models.mobilenetv2 import InvertedResidual
 
-from src.boxes import ANCHORS
+from src.boxes import DEFAULT_BOXES
 
 
 def build_model(name, num_classes, pretrained_backbone=True):
     """Return the network `name` ("ssd" or "ssdlite") for `num_classes`, background included."""
-    return MODELS[name](num_classes, pretrained_backbone)
+    return MODELS[name](DEFAULT_BOXES[name], num_classes, pretrained_backbone)
 
 
 class ResNet50Backbone(nn.Module):
@@ -42,9 +42,9 @@ class ResNet50Backbone(nn.Module):
 class SSD(nn.Module):
     """SSD300. Parameter names are those of the published SSD-ResNet50 checkpoints."""
 
-    def __init__(self, num_classes, pretrained_backbone):
+    def __init__(self, default_boxes, num_classes, pretrained_backbone):
         super().__init__()
-        self.num_classes = num_classes
+        self.default_boxes, self.num_classes = default_boxes, num_classes
         self.feature_extractor = ResNet50Backbone(pretrained_backbone)
         self.additional_blocks = nn.ModuleList(
             [
@@ -55,9 +55,11 @@ class SSD(nn.Module):
                 extra_block(256, 128, 256, stride=1, padding=0),  # 3 -> 1
             ]
         )
-        maps = list(zip((1024, 512, 512, 256, 256, 256), ANCHORS["ssd"].per_cell, strict=True))
-        self.loc = nn.ModuleList(nn.Conv2d(c, 4 * k, 3, padding=1) for c, k in maps)
-        self.conf = nn.ModuleList(nn.Conv2d(c, num_classes * k, 3, padding=1) for c, k in maps)
+        channels, per_cell = (1024, 512, 512, 256, 256, 256), default_boxes.per_cell
+        self.loc, self.conf = nn.ModuleList(), nn.ModuleList()
+        for c, boxes in zip(channels, per_cell, strict=True):
+            self.loc.append(nn.Conv2d(c, 4 * boxes, 3, padding=1))
+            self.conf.append(nn.Conv2d(c, num_classes * boxes, 3, padding=1))
         for part in (self.additional_blocks, self.loc, self.conf):
             part.apply(init_convolution)
 
@@ -66,7 +68,7 @@ class SSD(nn.Module):
         maps = [self.feature_extractor(images)]
         for block in self.additional_blocks:
             maps.append(block(maps[-1]))
-        return predict("ssd", maps, self.loc, self.conf, self.num_classes)
+        return predict(self.default_boxes, maps, self.loc, self.conf, self.num_classes)
 
 
 class MobileNetV2Backbone(nn.Module):
@@ -89,9 +91,9 @@ class MobileNetV2Backbone(nn.Module):
 class SSDLite(nn.Module):
     """SSDLite: SSD whose extra layers and heads are depthwise separable."""
 
-    def __init__(self, num_classes, pretrained_backbone):
+    def __init__(self, default_boxes, num_classes, pretrained_backbone):
         super().__init__()
-        self.num_classes = num_classes
+        self.default_boxes, self.num_classes = default_boxes, num_classes
         self.backbone = MobileNetV2Backbone(pretrained_backbone)
         self.additional_blocks = nn.ModuleList(
             [
@@ -101,11 +103,11 @@ class SSDLite(nn.Module):
                 InvertedResidual(256, 64, stride=2, expand_ratio=0.25),  # 2 -> 1
             ]
         )
-        channels, per_cell = (576, 1280, 512, 256, 256, 64), ANCHORS["ssdlite"].per_cell
+        channels, per_cell = (576, 1280, 512, 256, 256, 64), default_boxes.per_cell
         self.loc, self.conf = nn.ModuleList(), nn.ModuleList()
-        for c, k, cells in zip(channels, per_cell, ANCHORS["ssdlite"].maps, strict=True):
-            self.loc.append(lite_head(c, 4 * k, cells))
-            self.conf.append(lite_head(c, num_classes * k, cells))
+        for c, boxes, cells in zip(channels, per_cell, default_boxes.maps, strict=True):
+            self.loc.append(lite_head(c, 4 * boxes, cells))
+            self.conf.append(lite_head(c, num_classes * boxes, cells))
         for part in (self.additional_blocks, self.loc, self.conf):
             part.apply(init_convolution)
 
@@ -114,7 +116,7 @@ class SSDLite(nn.Module):
         maps = list(self.backbone(images))
         for block in self.additional_blocks:
             maps.append(block(maps[-1]))
-        return predict("ssdlite", maps, self.loc, self.conf, self.num_classes)
+        return predict(self.default_boxes, maps, self.loc, self.conf, self.num_classes)
 
 
 def extra_block(c_in, c_mid, c_out, stride, padding):
@@ -149,19 +151,19 @@ def init_convolution(module):
             nn.init.zeros_(module.bias)
 
 
-def predict(name, maps, loc_heads, conf_heads, num_classes):
+def predict(default_boxes, maps, loc_heads, conf_heads, num_classes):
     """Run a pair of heads on each map (B, c, h, w); return loc (B, D, 4), cls_logits (B, D, C).
 
-    A head's channel is `coordinate * k + shape` (or `class * k + shape`) for the k default boxes
-    of a cell, so that flattening gives the order of `make_default_boxes`: shape, row, column.
+    A head's channel is `coordinate * per_cell + shape` (or `class * per_cell + shape`), so that
+    flattening gives the order of `make_default_boxes`: shape, row, column.
     """
-    anchors = ANCHORS[name]
-    shapes = list(zip(anchors.maps, anchors.per_cell, strict=True))
+    layout = zip(default_boxes.maps, default_boxes.per_cell, strict=True)
     loc, cls_logits = [], []
-    for x, loc_head, conf_head, (cells, k) in zip(maps, loc_heads, conf_heads, shapes, strict=True):
-        assert x.shape[2:] == (cells, cells), f"{name}: map {tuple(x.shape)}, not {cells} cells"
-        loc.append(loc_head(x).reshape(len(x), 4, k * cells * cells))
-        cls_logits.append(conf_head(x).reshape(len(x), num_classes, k * cells * cells))
+    for x, loc_head, conf_head, (cells, per_cell) in zip(maps, loc_heads, conf_heads, layout, strict=True):
+        assert x.shape[2:] == (cells, cells), f"a map is {tuple(x.shape[2:])}, not {cells} cells wide and high"
+        boxes = per_cell * cells * cells
+        loc.append(loc_head(x).reshape(len(x), 4, boxes))
+        cls_logits.append(conf_head(x).reshape(len(x), num_classes, boxes))
     return torch.cat(loc, dim=2).transpose(1, 2), torch.cat(cls_logits, dim=2).transpose(1, 2)
 
 

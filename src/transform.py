@@ -1,102 +1,37 @@
-"""Everything that happens to pixels before the network: read, augment, resize, normalise.
+"""What happens to pixels before the network: augment, resize, normalise.
 
-Pictures are (H, W, 3) uint8 RGB; boxes (G, 4) float32 xyxy relative to the picture, in [0, 1].
+Images are (H, W, 3) uint8 RGB; boxes (G, 4) float32 xyxy relative to the image, in [0, 1].
 """
 
-import contextlib
 from functools import lru_cache
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
 
-from src.usage import UnreadablePicture
-
-INPUT_SIZE = 300  # pixels, both sides: SSD300
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-UPRIGHT = {  # EXIF 2.3, tag 274: what turns the stored image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision's ColorJitter
 
 
-def read_image(path, upright=True):
-    """Read a picture file as (H, W, 3) uint8 RGB, turned as its EXIF orientation says if `upright`.
-
-    Raises UnreadablePicture where there is no picture to be had.
-    """
-    with open_picture(path) as picture:
-        picture.load()
-        # Not ImageOps.exif_transpose: it rewrites the EXIF block, and fails at an odd tag in it.
-        turn = UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
-        if upright and turn is not None:
-            picture = picture.transpose(turn)
-        if picture.mode.startswith("I;16"):  # convert() would clip 16 bits, not scale them
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if picture.mode == "P":  # by way of RGBA: a palette may hold transparent colours
-            picture = picture.convert("RGBA")
-        if picture.mode != "RGB":  # else it would be copied
-            picture = picture.convert("RGB")
-        return np.array(picture)
-
-
-def picture_size(path):
-    """(width, height) of a picture as it is stored, from its header alone."""
-    with open_picture(path) as picture:
-        return picture.size
-
-
-@contextlib.contextmanager
-def open_picture(path):
-    """Pillow's Image of a file, header read; UnreadablePicture from anything wrong within."""
-    try:
-        # By file, not by name: Pillow would map an uncompressed TIFF and shear a turned one.
-        with open(path, "rb") as file, Image.open(file) as picture:  # refuses picture bombs
-            yield picture
-    except FileNotFoundError as error:
-        raise UnreadablePicture(f"{path}: no such picture") from error
-    except Image.DecompressionBombError as error:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise UnreadablePicture(
-            f"{path}: more than {limit} million pixels: scale it down, or cut it into tiles"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise UnreadablePicture(
-            f"{path}: cannot be read as a picture (no known image format, or a broken file)"
-        ) from error
-    # What Pillow's many decoders raise on a broken file.
-    except (OSError, ValueError, RuntimeError, SyntaxError, EOFError) as error:
-        reason = str(error).splitlines()[0].replace(str(path), "file") if str(error) else "broken file"
-        raise UnreadablePicture(f"{path}: cannot be read as a picture ({reason})") from error
-
-
-def augment(image, boxes, labels, rng, zoom_out=False):
+def augment(image, boxes, labels, rng, size, zoom_out=False):
     """The training augmentation (SSD section 2.2 "data augmentation").
 
     image (H, W, 3), boxes (G, 4), labels (G,), rng a numpy Generator
-        -> image (300, 300, 3), boxes (K, 4), labels (K,), K <= G
+        -> image (size, size, 3), boxes (K, 4), labels (K,), K <= G
     """
     if zoom_out:
         image, boxes = expand(image, boxes, rng)
     image, boxes, labels = crop(image, boxes, labels, rng)
-    # Resized before it is mirrored: the same picture either way, with fewer pixels to move.
-    image = resize(image)
+    image = resize(image, size)  # before the flip: the same image either way, with fewer pixels to move
     if rng.random() < 0.5:
         image, boxes = flip(image, boxes)
     return jitter_colours(image, rng), boxes, labels
 
 
 def expand(image, boxes, rng):
-    """Zoom out (SSD section 3.6): half the time, put the picture on a grey canvas up to 4x4."""
+    """Zoom out (SSD section 3.6): half the time, put the image on a canvas of the mean colour, up to 4x4 as large."""
     if rng.random() < 0.5:
         return image, boxes
     height, width = image.shape[:2]
@@ -115,9 +50,10 @@ def expand(image, boxes, rng):
 def crop(image, boxes, labels, rng):
     """Sample a patch (SSD section 2.2); its objects are those whose centre lies inside, clipped.
 
-    Paper (its code): up to 50 draws of a scale and a ratio, until one object has the IoU. Here, as
-    in the published recipe: one draw of two sides, every object must have it, and if the patch
-    does not fit (ratio of the sides, IoU, no object's centre inside) its kind is drawn anew.
+    Paper (its code): up to 50 draws of a scale and a ratio, until one object has the minimum IoU.
+    Here, as in the published recipe: draw width and height once; every object must reach the minimum
+    IoU; if the patch is rejected (ratio of the sides, IoU, no object's centre inside), start again with
+    a new option.
     """
     if len(boxes) == 0:
         return image, boxes, labels
@@ -139,7 +75,7 @@ def crop(image, boxes, labels, rng):
 
 
 def sample_patch(boxes, rng):
-    """Draw the patch of `crop`: (4,) float64 xyxy in [0, 1], or None for the whole picture."""
+    """Draw the patch of `crop`: (4,) float64 xyxy in [0, 1], or None for the whole image."""
     while True:
         option = rng.integers(7)
         if option == 0:
@@ -164,17 +100,16 @@ def centres_inside(boxes, patch):
 
 
 def flip(image, boxes):
-    """Mirror picture and boxes left to right."""
+    """Mirror image and boxes left to right."""
     return cv2.flip(image, 1), np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
 
 
-def resize(image):
-    """(H, W, 3) uint8 -> (300, 300, 3) uint8, bilinear with antialiasing, aspect not kept."""
+def resize(image, size):
+    """(H, W, 3) uint8 -> (size, size, 3) uint8, bilinear with antialiasing; the aspect ratio is not kept."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    # A patch is a window into its picture: copied into one piece it is resized twice as fast.
+    # A patch is a view into its image: copied into one piece it is resized twice as fast.
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    size = (INPUT_SIZE, INPUT_SIZE)
-    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
     return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
 
 
@@ -209,7 +144,7 @@ def shift_hue(image, hue):
 
 
 def normalize(images):
-    """(B, 300, 300, 3) uint8 -> (B, 3, 300, 300) float32 in channels_last, on the same device."""
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in channels_last, on the same device."""
     mean, std = imagenet_statistics(images.device)
     return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
 

@@ -14,7 +14,7 @@ class UserError(Exception):
     """A mistake that the user can mend: its message names the value and the remedy, on one line."""
 
 
-class UnreadablePicture(UserError):
+class UnreadableImage(UserError):
     """A picture file that cannot be used; what was computed before it was met is sound."""
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
+from src.annotations import ground_truth, read_annotations
 from src.boxes import Encoder, make_default_boxes
-from src.dataset import CocoDataset, TrainSampler, check_categories, ground_truth, read_annotations
-from src.usage import UnreadablePicture, UserError
+from src.dataset import CocoDataset, TrainSampler, check_categories
+from src.usage import UnreadableImage, UserError
 
 CATEGORIES = [{"id": 44, "name": "cup"}, {"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
 
@@ -519,5 +520,5 @@ def test_sizes_are_checked_and_a_turned_picture_fits(tmp_path):
     Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG", exif=exif)
     dataset.check_sizes([0])
     Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG")
-    with pytest.raises(UnreadablePicture, match="50x100 pixels, but 100x50"):
+    with pytest.raises(UnreadableImage, match="50x100 pixels, but 100x50"):
         dataset.check_sizes([0, 1])

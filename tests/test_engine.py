@@ -14,8 +14,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
+from src.annotations import ground_truth
 from src.boxes import Encoder, make_default_boxes
-from src.dataset import CocoDataset, ground_truth
+from src.dataset import CocoDataset
 from src.engine import LOG_EVERY, METRICS, coco_metrics, coco_results, evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model

@@ -15,8 +15,9 @@ from reference.inputs import image, weights
 from runs import ENV, ROOT, run
 
 from src.detector import Detector
+from src.images import read_image
 from src.model import build_model
-from src.transform import read_image, resize
+from src.transform import resize
 
 DEMO = ROOT / "demo" / "ssdlite_shapes.pth"
 IMAGES = sorted((ROOT / "demo" / "pictures").glob("*.jpg"))
@@ -71,7 +72,7 @@ def test_detects_what_the_detector_detects_in_the_same_pixels(pair, thresholds):
     detect, detector = pair
     total = 0
     for file in IMAGES:
-        pixels = resize(read_image(file))
+        pixels = resize(read_image(file), 300)
         expected = detector([pixels], *thresholds)[0]
         found = detect(pixels, score_threshold=thresholds[0], nms_threshold=thresholds[1])
         assert_same(found, expected, pixels=0.01, score=1e-5)
@@ -112,7 +113,7 @@ def test_resizes_as_the_detector_does(folder, size):
     session = onnxruntime.InferenceSession(model.SerializeToString())
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     (resized,) = session.run(["pixels"], {"image": noise})
-    difference = abs(resized[0].astype(int) - resize(noise))
+    difference = abs(resized[0].astype(int) - resize(noise, 300))
     assert resized.shape == (1, 300, 300, 3)
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
+from src.annotations import ground_truth
 from src.boxes import Encoder, make_default_boxes
 from src.checkpoint import load_checkpoint
-from src.dataset import CocoDataset, ground_truth
-from src.transform import picture_size, read_image
+from src.dataset import CocoDataset
+from src.images import image_size, read_image
 from src.usage import UserError
 
 FILES = int(os.environ.get("FILES", 300))
@@ -152,9 +153,9 @@ def test_damaged_pictures(tmp_path):
         if outcomes[-1] == "read":
             image = read_image(path)
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-            assert picture_size(path) in (image.shape[1::-1], image.shape[:2])
+            assert image_size(path) in (image.shape[1::-1], image.shape[:2])
         else:
-            outcome(picture_size, path)
+            outcome(image_size, path)
     report("pictures", outcomes)
 
 

@@ -32,8 +32,8 @@ from demo.shapes import make_dataset
 from src.checkpoint import COCO_CATEGORY_IDS, COCO_CLASSES
 from src.dataset import CocoDataset, TrainSampler
 from src.engine import METRICS
+from src.images import read_image
 from src.model import build_model
-from src.transform import read_image
 from src.visualize import class_colour
 
 SMALL = ["--no-pretrained-backbone", "--batch-size", "4", "--num-workers", "0"]

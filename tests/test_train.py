@@ -23,8 +23,9 @@ from torchvision.transforms.functional import normalize, to_tensor
 import train
 from src import distributed
 from src.engine import METRICS
+from src.images import read_image
 from src.model import build_model
-from src.transform import read_image, resize
+from src.transform import resize
 from src.visualize import class_colour
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -138,7 +139,7 @@ def test_training_starts_from_imagenets_features(imagenet_network):
     classifier.load_state_dict(torch.load(SHARED / "weights" / IMAGENET_FILE, weights_only=True))
     layers = classifier.features
     for file in files:
-        image = to_tensor(resize(read_image(file)))
+        image = to_tensor(resize(read_image(file), 300))
         image = normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None]
         expansion = layers[14].conv[0](layers[:14](image))
         first, last = imagenet_network.backbone(image)

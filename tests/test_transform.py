@@ -18,6 +18,7 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageOps
 from torchvision import transforms
 
+from src import images as image_files
 from src import transform
 from src.usage import UserError
 
@@ -160,12 +161,12 @@ def no_jitter(monkeypatch):
 
 
 def test_half_of_the_pictures_are_mirrored(no_jitter, monkeypatch):
-    monkeypatch.setattr(transform, "resize", lambda image: image)  # for speed
+    monkeypatch.setattr(transform, "resize", lambda image, size: image)  # for speed
     image, none = np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.float32)
     image[:, :2] = 255  # bright on the left
     flips = 0
     for seed in range(20_000):
-        out, _, _ = transform.augment(image, none, np.zeros(0, int), np.random.default_rng(seed))
+        out, _, _ = transform.augment(image, none, np.zeros(0, int), np.random.default_rng(seed), 300)
         assert {int(out[1, 0, 0]), int(out[1, 3, 0])} == {0, 255}
         flips += out[1, 0, 0] == 0
     assert abs(flips - 10_000) < 4 * math.sqrt(20_000) / 2  # outside once in 16,000 times
@@ -204,7 +205,7 @@ def test_boxes_stay_with_their_pixels(no_jitter, zoom_out):
     seen, areas = set(), []
     for seed in range(1000):
         rng = np.random.default_rng(seed)
-        out, kept, labels = transform.augment(image, boxes, np.array([0, 1, 2]), rng, zoom_out)
+        out, kept, labels = transform.augment(image, boxes, np.array([0, 1, 2]), rng, 300, zoom_out)
         assert out.shape == (300, 300, 3) and len(kept) == len(labels) > 0
         planes = [plane.astype(np.int16) for plane in cv2.split(out)]
         for box, label in zip(kept, labels, strict=True):
@@ -227,7 +228,7 @@ def test_boxes_of_an_augmented_picture_are_valid():
         boxes = np.concatenate([corners.min(1), corners.max(1)], axis=1).astype(np.float32)
         labels = np.arange(1, 6)
         image, kept, left = transform.augment(
-            scene(30, 40), boxes, labels, np.random.default_rng(seed), zoom_out=seed % 2 == 0
+            scene(30, 40), boxes, labels, np.random.default_rng(seed), 300, zoom_out=seed % 2 == 0
         )
         assert image.shape == (300, 300, 3) and image.dtype == np.uint8
         assert kept.dtype == np.float32 and left.dtype == labels.dtype
@@ -237,7 +238,7 @@ def test_boxes_of_an_augmented_picture_are_valid():
 def test_same_generator_same_sample_another_generator_another():
     def sample(seed):
         rng = np.random.default_rng(seed)
-        return transform.augment(scene(), np.float32(SEVERAL), np.arange(3), rng, zoom_out=True)
+        return transform.augment(scene(), np.float32(SEVERAL), np.arange(3), rng, 300, zoom_out=True)
 
     first, again, other = sample((1, 2, 3)), sample((1, 2, 3)), sample((1, 2, 4))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -283,7 +284,7 @@ def test_augmentation_ends_with_other_colours():
     grey, none = np.full((8, 8, 3), 128, np.uint8), np.zeros((0, 4), np.float32)
     levels = set()
     for seed in range(50):
-        out, _, _ = transform.augment(grey, none, np.zeros(0, int), np.random.default_rng(seed))
+        out, _, _ = transform.augment(grey, none, np.zeros(0, int), np.random.default_rng(seed), 300)
         levels.add(int(out[0, 0, 0]))
     assert len(levels) > 20  # brightness alone moves 128 by up to 16
 
@@ -334,7 +335,7 @@ def test_colour_factors_cover_the_published_ranges():
 @pytest.mark.parametrize("height, width", [(600, 900), (480, 640), (120, 70), (300, 300), (1, 1)])
 def test_resize_is_pillows_bilinear(height, width):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    ours = transform.resize(image)
+    ours = transform.resize(image, 300)
     pillow = np.asarray(Image.fromarray(image).resize((300, 300), Image.Resampling.BILINEAR))
     assert ours.shape == (300, 300, 3) and ours.dtype == np.uint8
     assert ours.flags.c_contiguous
@@ -344,12 +345,12 @@ def test_resize_is_pillows_bilinear(height, width):
 def test_resize_takes_a_view():
     image = scene(400, 500)  # a crop is a view of its picture
     np.testing.assert_array_equal(
-        transform.resize(image[50:250, 100:420]), transform.resize(image[50:250, 100:420].copy())
+        transform.resize(image[50:250, 100:420], 300), transform.resize(image[50:250, 100:420].copy(), 300)
     )
 
 
 def test_normalize_is_torchvisions():
-    images = np.stack([transform.resize(scene()), transform.resize(scene(90, 60))])
+    images = np.stack([transform.resize(scene(), 300), transform.resize(scene(90, 60), 300)])
     reference = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     )
@@ -391,14 +392,14 @@ def test_formats_and_modes_are_read_as_pillow_reads_them(tmp_path, mode, name):
     path = tmp_path / name
     kind = "PNG" if name == "misnamed.png.jpg" else None
     Image.fromarray(scene()).convert(mode).save(path, kind)
-    assert_same_picture(transform.read_image(path), upright_in_pillow(path))
-    assert_same_picture(transform.read_image(str(path)), upright_in_pillow(path))
+    assert_same_picture(image_files.read_image(path), upright_in_pillow(path))
+    assert_same_picture(image_files.read_image(str(path)), upright_in_pillow(path))
 
 
 def test_progressive_jpeg(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(scene()).save(path, progressive=True)
-    assert_same_picture(transform.read_image(path), upright_in_pillow(path))
+    assert_same_picture(image_files.read_image(path), upright_in_pillow(path))
 
 
 def test_palette_with_alpha_has_the_palettes_colours(tmp_path):
@@ -408,7 +409,7 @@ def test_palette_with_alpha_has_the_palettes_colours(tmp_path):
     picture.save(tmp_path / "a.png", transparency=bytes([255, 128, 255]))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # Pillow's, once a picture
-        ours = transform.read_image(tmp_path / "a.png")
+        ours = image_files.read_image(tmp_path / "a.png")
     palette = np.array([(10, 20, 30), (200, 100, 50), (0, 255, 0)])
     np.testing.assert_array_equal(ours, palette[[[0, 0, 1, 1], [2, 2, 1, 0]]])
 
@@ -417,7 +418,7 @@ def test_palette_with_alpha_has_the_palettes_colours(tmp_path):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, channels):
     levels = np.linspace(0, 65535, 64 * 50).reshape(50, 64).astype(np.uint16)
     cv2.imwrite(str(tmp_path / "a.png"), levels if channels == 1 else cv2.merge([levels] * 3))
-    ours = transform.read_image(tmp_path / "a.png")
+    ours = image_files.read_image(tmp_path / "a.png")
     assert ours.shape == (50, 64, 3)
     np.testing.assert_allclose(ours, np.stack([levels / 257] * 3, axis=2), atol=1)
 
@@ -425,7 +426,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, channels):
 def test_animated_gif_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    ours = transform.read_image(tmp_path / "a.gif")
+    ours = image_files.read_image(tmp_path / "a.gif")
     assert ours.shape == (10, 20, 3) and (ours == (255, 0, 0)).all()
 
 
@@ -442,14 +443,14 @@ def test_exif_orientation(tmp_path, orientation, name):
         5: stored.transpose(1, 0, 2), 6: np.rot90(stored, -1),
         7: stored[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(stored),
     }  # fmt: skip
-    ours = transform.read_image(tmp_path / name)
+    ours = image_files.read_image(tmp_path / name)
     assert_same_picture(ours, upright_in_pillow(tmp_path / name))
     assert ours.shape == seen[orientation].shape
     coarse = lambda image: cv2.blur(np.ascontiguousarray(image), (9, 9)).astype(int)  # noqa: E731
     assert np.abs(coarse(ours) - coarse(seen[orientation])).mean() < 5
     if name == "a.tif":
         return  # Pillow itself turns them, unasked
-    as_stored = transform.read_image(tmp_path / name, upright=False)
+    as_stored = image_files.read_image(tmp_path / name, upright=False)
     assert as_stored.shape == stored.shape
     assert np.abs(coarse(as_stored) - coarse(stored)).mean() < 5
 
@@ -457,7 +458,7 @@ def test_exif_orientation(tmp_path, orientation, name):
 def test_the_line_about_a_broken_file_has_no_python_in_it(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no image at all")
     with pytest.raises(UserError) as error:
-        transform.read_image(tmp_path / "a.jpg")
+        image_files.read_image(tmp_path / "a.jpg")
     assert "a.jpg" in str(error.value) and "<" not in str(error.value)
 
 
@@ -470,7 +471,7 @@ def test_an_uncompressed_tiff_is_turned_whatever_its_mode(tmp_path, orientation,
     stored.save(tmp_path / "a.tif", exif=exif)
     turns = {1: 0, 3: 2, 6: -1, 8: 1}  # EXIF 2.3, tag 274, in quarters to the left
     expected = np.rot90(np.array(stored.convert("RGB")), turns[orientation])
-    np.testing.assert_array_equal(transform.read_image(tmp_path / "a.tif"), expected)
+    np.testing.assert_array_equal(image_files.read_image(tmp_path / "a.tif"), expected)
 
 
 def jpeg_segment(kind, content):
@@ -485,14 +486,14 @@ def test_orientation_of_a_jpeg_whose_xmp_precedes_its_exif(tmp_path):
     data, stored = file.getvalue(), np.asarray(Image.open(file))
     xmp = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta></x:xmpmeta>")
     (tmp_path / "a.jpg").write_bytes(data[:2] + xmp + data[2:])
-    np.testing.assert_array_equal(transform.read_image(tmp_path / "a.jpg"), np.rot90(stored, -1))
+    np.testing.assert_array_equal(image_files.read_image(tmp_path / "a.jpg"), np.rot90(stored, -1))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif", "a.bmp", "a.tif"])
 def test_reading_warns_of_nothing(tmp_path, name):
     Image.fromarray(scene()).save(tmp_path / name)
-    assert transform.read_image(tmp_path / name).shape == scene().shape
+    assert image_files.read_image(tmp_path / name).shape == scene().shape
 
 
 @pytest.mark.parametrize("kind", [1, 4, 7])
@@ -503,7 +504,7 @@ def test_an_odd_exif_tag_does_not_hide_the_image(tmp_path, kind):
     data = file.getvalue()
     assert data.count(b"\x01\x28\x00\x03") == 1
     (tmp_path / "a.jpg").write_bytes(data.replace(b"\x01\x28\x00\x03", bytes([0x01, 0x28, 0x00, kind])))
-    assert transform.read_image(tmp_path / "a.jpg").shape == (50, 40, 3)
+    assert image_files.read_image(tmp_path / "a.jpg").shape == (50, 40, 3)
 
 
 def png_header(width, height):
@@ -544,7 +545,7 @@ def test_what_is_no_picture_is_a_users_error_that_names_the_file(tmp_path, name)
     (tmp_path / name).write_bytes(broken_files()[name])
     for upright in (True, False):
         with pytest.raises(UserError) as error:
-            transform.read_image(tmp_path / name, upright)
+            image_files.read_image(tmp_path / name, upright)
         assert str(error.value).startswith(str(tmp_path / name))
         assert str(error.value).count(str(tmp_path)) == 1
         assert "\n" not in str(error.value)
@@ -555,14 +556,14 @@ def test_an_image_of_too_many_pixels_is_told_what_to_do(tmp_path):
     for name, data in (("a.png", png_header(17_000, 11_000)), ("a.jpg", jpeg_of_size(17_000, 11_000))):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: more than 178 million pixels: scale it down"):
-            transform.read_image(tmp_path / name)
+            image_files.read_image(tmp_path / name)
 
 
 def test_missing_file_and_folder(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for path in (tmp_path / "nothing.jpg", tmp_path / "folder.jpg", str(tmp_path / "no" / "a.png")):
         with pytest.raises(UserError) as error:
-            transform.read_image(path)
+            image_files.read_image(path)
         assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
@@ -574,6 +575,6 @@ def test_awkward_files():
     for path in pictures:
         if path.name.startswith("BROKEN_"):
             with pytest.raises(UserError, match=path.name):
-                transform.read_image(path)
+                image_files.read_image(path)
         else:
-            assert_same_picture(transform.read_image(path), upright_in_pillow(path))
+            assert_same_picture(image_files.read_image(path), upright_in_pillow(path))

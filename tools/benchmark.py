@@ -38,14 +38,16 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_tensor
 
 from demo import shapes
+from src.annotations import annotation_file, ground_truth
 from src.boxes import Encoder, make_default_boxes, to_corners
 from src.checkpoint import save_checkpoint
-from src.dataset import CocoDataset, annotation_file, ground_truth
+from src.dataset import CocoDataset
 from src.detector import Detector
 from src.engine import coco_metrics, coco_results, evaluate, train_one_epoch
+from src.images import read_image
 from src.loss import MultiBoxLoss
 from src.model import build_model
-from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, read_image, sample_patch
+from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, sample_patch
 
 CLASSES = 81  # COCO's 80 and background
 PLAIN_PIXELS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
@@ -261,7 +263,7 @@ def sample(args, folder, width, height):
     draws, again = np.random.default_rng(0), np.random.default_rng(0)
 
     def ours():
-        image, found, kept = augment(read_image(path), boxes, labels, again)
+        image, found, kept = augment(read_image(path), boxes, labels, again, 300)
         encoder.encode(torch.from_numpy(found), torch.from_numpy(kept))
 
     threads = torch.get_num_threads()
