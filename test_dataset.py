@@ -1,4 +1,4 @@
-"""COCO figures of a checkpoint on a data set in COCO layout, and pictures of what it finds.
+"""COCO figures of a checkpoint on a data set in COCO layout, and images of what it finds.
 
 python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.pth
 """
@@ -6,7 +6,7 @@ python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.p
 from src import usage
 
 if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
+    usage.before_imports()
 
 import json
 from pathlib import Path
@@ -29,15 +29,15 @@ def parse_args():
     parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
     share = usage.number(float, 0, 1)
     add = parser.add_argument
-    add("--data-path", default="/coco", help="folder with annotations/ and the pictures' folders")
-    add("--val-set", default="val2017", help="folder of the pictures")
+    add("--data-path", default="/coco", help="folder with annotations/ and the images' folders")
+    add("--val-set", default="val2017", help="folder of the images")
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=0.5, help="lowest score to draw; no effect on mAP")
     add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
     add("--batch-size", type=usage.number(int, 1), default=32)
     add("--num-workers", type=usage.number(int, 0), default=4, help="loading processes")
     add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
-    add("--output", default="predictions", help="folder for pictures, detections and metrics")
+    add("--output", default="predictions", help="folder for images, detections and metrics")
     return parser.parse_args()
 
 
@@ -50,7 +50,8 @@ def main():
     dataset = CocoDataset(args.data_path, args.val_set, size=detector.size)
     check_categories(dataset, detector.category_ids, detector.classes, args.pretrained_model)
     if output.resolve() == dataset.folder.resolve():
-        raise UserError(f"--output {output}: is the pictures' own folder; give another")
+        raise UserError(f"--output {output}: is the images' own folder; give another")
+    dataset.check_files(tqdm(range(len(dataset)), "checking images", leave=False))
     for name in ("detections.json", "metrics.json"):
         usage.make_writable("--output", output / name)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
@@ -67,7 +68,7 @@ def main():
         drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], detector.classes)
         Image.fromarray(drawn).save(output / f"{image_id}.jpg", quality=90)
     print(metrics_table(metrics))
-    print(f"{len(dataset)} pictures, detections.json, metrics.json -> {output}")
+    print(f"{len(dataset)} images, detections.json, metrics.json -> {output}")
 
 
 if __name__ == "__main__":

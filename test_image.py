@@ -1,4 +1,4 @@
-"""Detect objects in pictures.
+"""Detect objects in images.
 
     python test_image.py --pretrained-model trained_models/ssd.pth --input a.jpg --output b.jpg
     python test_image.py --pretrained-model trained_models/ssd.pth --input folder --output folder2
@@ -9,9 +9,10 @@
 from src import usage
 
 if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
+    usage.before_imports()
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +22,7 @@ from src.images import read_image
 from src.usage import UserError
 from src.visualize import draw_detections
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
 def parse_args():
@@ -29,10 +30,10 @@ def parse_args():
     parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
     share = usage.number(float, 0, 1)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="pictures, and folders of pictures, with their sub-folders")
+    add("--input", nargs="+", required=True, help="images, and folders of images, with their sub-folders")
     add(
         "--output",
-        help="file for one picture, else folder, with the sub-folders of an input folder;"
+        help="file for one image, else folder, with the sub-folders of an input folder;"
         " default: {stem}_prediction.jpg beside it",
     )
     add("--json", help="also write the detections to this file")
@@ -43,12 +44,12 @@ def parse_args():
     return parser.parse_args()
 
 
-def find_pictures(inputs):
+def find_images(inputs):
     """Files of all inputs, each with its path within an output folder; those of a folder sorted."""
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURES)
+            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
             # A folder that we wrote into before: do not detect in our own drawings.
             found = [f for f in found if not f.stem.endswith("_prediction") and not f.is_dir()]
             files += [(file, file.relative_to(path)) for file in found]
@@ -57,32 +58,32 @@ def find_pictures(inputs):
         else:
             raise UserError(f"--input {path}: no such file or folder")
     if not files:
-        raise UserError(f"--input {' '.join(inputs)}: no pictures there ({' '.join(sorted(PICTURES))})")
+        raise UserError(f"--input {' '.join(inputs)}: no images there ({' '.join(sorted(IMAGE_TYPES))})")
     return files
 
 
 def output_files(inputs, files, output):
-    """Where the drawing of each of `files` (from find_pictures) goes."""
+    """Where the drawing of each of `files` (from find_images) goes."""
     if output is None:
         outputs = [file.with_name(f"{file.stem}_prediction.jpg") for file, _ in files]
     elif len(files) == 1 and Path(inputs[0]).is_file() and not Path(output).is_dir():
         outputs = [Path(output)]
     else:
-        if Path(output).suffix.lower() in PICTURES and not Path(output).is_dir():
-            raise UserError(f"--output {output}: is a picture, --input a folder or several: give a folder")
+        if Path(output).suffix.lower() in IMAGE_TYPES and not Path(output).is_dir():
+            raise UserError(f"--output {output}: is an image, --input a folder or several: give a folder")
         outputs = [Path(output) / name.with_name(f"{name.stem}_prediction.jpg") for _, name in files]
     for file in outputs:
-        if file.suffix.lower() not in PICTURES:
-            raise UserError(f"--output {file}: unknown picture type; end it in .jpg or .png")
+        if file.suffix.lower() not in IMAGE_TYPES:
+            raise UserError(f"--output {file}: unknown image type; end it in .jpg or .png")
     if len(set(outputs)) < len(outputs):
-        raise UserError("--input: two pictures of the same name would be drawn to one file")
+        raise UserError("--input: two images of the same name would be drawn to one file")
     return outputs
 
 
 def main():
     """Read, detect, draw, write."""
     args = parse_args()
-    files = find_pictures(args.input)
+    files = find_images(args.input)
     outputs = output_files(args.input, files, args.output)
     files = [file for file, _ in files]
     inputs = {(file.stat().st_dev, file.stat().st_ino) for file in files}
@@ -100,13 +101,15 @@ def main():
         try:
             image = read_image(file)
         except UserError as error:
-            unreadable.append(str(error))  # the other pictures first
+            unreadable.append(str(error))  # the other images first
             continue
         found = detector([image], args.cls_threshold, args.nms_threshold)[0]
         records.append({"file": str(file)} | record(image, found, detector.classes))
         drawn = draw_detections(image, **found, classes=detector.classes)
         Image.fromarray(drawn).save(output, quality=95)
-        print(f"{file}: {len(found['boxes'])} objects -> {output}")
+        counts = Counter(detector.classes[label] for label in found["labels"])
+        objects = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"
+        print(f"{file}: {objects} -> {output}")
     if args.json:
         Path(args.json).write_text(json.dumps({"images": records}, indent=1))
     if unreadable:

@@ -3,7 +3,7 @@
     python -m demo.shapes FOLDER --train 400 --val 100 --seed 0
 
 writes FOLDER/annotations/instances_{train,val}2017.json and FOLDER/{train,val}2017/*.jpg. Like
-COCO it has gaps in the category ids, pictures without objects, crowd regions and masks of what is
+COCO it has gaps in the category ids, images without objects, crowd regions and masks of what is
 visible. Coordinates are float pixels: the pixel in column i, row j covers [i, i+1) x [j, j+1).
 """
 
@@ -79,7 +79,7 @@ def draw_item(rng, width, height, crowd):
 
 
 def layout(rng, kind="objects"):
-    """What a picture holds: (width, height, Items bottom to top, visible geometry of each).
+    """What an image holds: (width, height, Items bottom to top, visible geometry of each).
 
     `kind` is "objects", "crowd" (objects above one crowd) or "empty". An object that would leave
     itself or one below it less than MIN_VISIBLE visible is moved, after 8 tries left out.
@@ -218,7 +218,7 @@ def paint_part(rng, canvas, ground, category, part, painted):
 
 
 def draw_scene(rng, kind="objects"):
-    """One picture (H, W, 3) uint8 RGB, its COCO annotations without ids; `kind`: see `layout`."""
+    """One image (H, W, 3) uint8 RGB, its COCO annotations without ids; `kind`: see `layout`."""
     width, height, items, visible = layout(rng, kind)
     ground = backdrop(rng, height, width)
     canvas, painted = ground.copy(), []
@@ -237,7 +237,7 @@ def draw_scene(rng, kind="objects"):
 
 
 def write_split(folder, name, split, count, seed):
-    """Write `count` pictures to folder/name, and their annotations; `split` is a number."""
+    """Write `count` images to folder/name, and their annotations; `split` is a number."""
     file = folder / "annotations" / f"instances_{name}.json"
     categories = [{"id": i, "name": n, "supercategory": "shape"} for i, n in CATEGORIES.items()]
     if file.exists() and json.dumps(categories).encode() not in file.read_bytes():
@@ -247,7 +247,7 @@ def write_split(folder, name, split, count, seed):
     images, annotations = [], []
     for index in range(count):
         kind = "empty" if index % 20 == 5 else "crowd" if index % 25 == 4 else "objects"
-        # A generator for each picture: picture i is the same however many there are.
+        # A generator for each image: image i is the same however many there are.
         image, found = draw_scene(np.random.default_rng([seed, split, index]), kind)
         image_id = 139 + 2 * index + split  # unique across the splits
         image_name = f"{image_id:012d}.jpg"
@@ -263,7 +263,7 @@ def write_split(folder, name, split, count, seed):
 
 
 def make_dataset(folder, train=400, val=100, seed=0):
-    """Write `train` and `val` pictures in COCO's layout under `folder`, over older ones."""
+    """Write `train` and `val` images in COCO's layout under `folder`, over older ones."""
     try:
         write_split(Path(folder), "train2017", 0, train, seed)
         write_split(Path(folder), "val2017", 1, val, seed)
@@ -277,14 +277,14 @@ def main():
     parser = ArgumentParser(prog="python -m demo.shapes", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", help="where to write; made when missing")
     for name, default, what in (
-        ("train", 400, "training pictures"),
-        ("val", 100, "validation pictures"),
+        ("train", 400, "training images"),
+        ("val", 100, "validation images"),
         ("seed", 0, "same seed, same bytes"),
     ):
         parser.add_argument(f"--{name}", type=number(int, 0), default=default, help=what)
     args = parser.parse_args()
     make_dataset(args.folder, args.train, args.val, args.seed)
-    print(f"wrote {args.train} training and {args.val} validation pictures to {args.folder}")
+    print(f"wrote {args.train} training and {args.val} validation images to {args.folder}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from src.usage import UserError
 
 @contextlib.contextmanager
 def no_garbage_collection():
-    """Millions of objects are made here, none is garbage: do not search them again and again."""
+    """Parsing creates millions of objects, none garbage: stop the collector from rescanning them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -37,7 +37,7 @@ def annotation_file(data_path, set_name):
 def read_annotations(path):
     """Read a COCO annotation file and repair what can be: returns it and a Counter of repairs.
 
-    Clipped: boxes reaching outside their picture. Left out: boxes of no area or NaN. Derived:
+    Clipped: boxes reaching outside their image. Left out: boxes of no area or NaN. Derived:
     missing area and iscrowd. Renumbered: annotation ids doubled or 0 (pycocotools takes id 0 for
     "unmatched"). Raises UserError where the file contradicts itself.
     """
@@ -70,7 +70,7 @@ def read_annotations(path):
 
 
 def check_entries(path, data, sizes):
-    """Every picture once, and every annotation on a known picture and of a known category."""
+    """Every image once, and every annotation on a known image and of a known category."""
     if not data["images"] or not data["categories"]:
         raise UserError(f"{path}: has no images or no categories: there is nothing to detect")
     for kind, name in (("images", "file_name"), ("categories", "name")):
@@ -86,7 +86,7 @@ def check_entries(path, data, sizes):
         if len(unique) < len(data[kind]):
             counts = Counter(entry["id"] for entry in data[kind])
             twice = counts.most_common(1)[0][0]
-            raise UserError(f"{path}: id {twice} stands twice in its {kind}: remove one")
+            raise UserError(f"{path}: id {twice} is duplicated in its {kind}: remove one")
     names = Counter(category["name"] for category in data["categories"])
     for name in names:
         if names[name] > 1:
@@ -94,7 +94,9 @@ def check_entries(path, data, sizes):
             raise UserError(f"{path}: categories {same} are all called {name!r}: rename or merge")
     for image_id, size in sizes.items():
         if not all(isinstance(v, (int, float)) and 0 < v < 2**31 and v == int(v) for v in size):
-            raise UserError(f"{path}: image {image_id} has the size {size}: give its pixels")
+            raise UserError(
+                f"{path}: image {image_id}: width and height are {size}; they must be positive whole numbers"
+            )
     for annotation in data["annotations"]:
         if annotation["category_id"] not in categories:
             raise UserError(f"{path}: unknown category_id {annotation['category_id']}: add it")
@@ -103,7 +105,7 @@ def check_entries(path, data, sizes):
 
 
 def repair(annotation, size, repairs):
-    """Mend one annotation in place and count it; False if it has to be left out."""
+    """Repair one annotation in place and count it; False if it has to be left out."""
     if not all(isinstance(value, (int, float)) for value in annotation["bbox"]):
         raise TypeError(f"bbox {annotation['bbox']}")
     x, y, w, h = map(float, annotation["bbox"] or [math.nan] * 4)
@@ -113,7 +115,7 @@ def repair(annotation, size, repairs):
         repairs["boxes of no area left out"] += 1
         return False
     if x < -1 or y < -1 or x + w > size[0] + 1 or y + h > size[1] + 1:  # more than rounding
-        repairs["boxes clipped to their picture"] += 1
+        repairs["boxes clipped to their image"] += 1
     if (left, top, right, bottom) != (x, y, x + w, y + h):
         annotation["bbox"] = [left, top, right - left, bottom - top]
     area = annotation.get("area")

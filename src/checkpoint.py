@@ -1,4 +1,7 @@
-"""Checkpoints: write ours, read ours and the published ones. Nothing read is ever executed."""
+"""Checkpoints: start, resume and save a run; read ours and the published ones.
+
+Nothing that is read is ever executed.
+"""
 
 import os
 import pickle
@@ -7,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from src import distributed
+from src.distributed import say
 from src.model import MODELS, build_model
 from src.usage import UserError
 
@@ -22,6 +27,65 @@ COCO_CLASSES = (
 ).split(",")
 COCO_CATEGORY_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 OUR_KEYS = ("model_state_dict", "classes", "category_ids")
+
+
+def find_stopped_run(file, options):
+    """Return the checkpoint of a run to resume, or None; say where it was, and which options changed."""
+    stopped = load_checkpoint(file) if file.exists() else None
+    if stopped and "optimizer" not in stopped:
+        raise UserError(
+            f"{file}: has no optimizer state, so it cannot be resumed; move it away, and give it as"
+            " --pretrained-model to start from it"
+        )
+    place = [stopped["epoch"], stopped["samples_seen"]] if stopped else [-1, 0]
+    if distributed.total(place) != [distributed.world_size() * value for value in place]:
+        raise UserError(f"{file}: differs between processes: --save-folder must be storage that all machines share")
+    if stopped:
+        say(f"resuming from {file}: {place[0]} epochs, {place[1]} images")
+        for option, value in options.items():
+            if stopped["args"].get(option, value) != value:
+                say(f"changed since: {option} was {stopped['args'][option]}, is {value}")
+        if stopped["epoch"] >= options["epochs"]:
+            say("nothing left to train: raise --epochs, or give another --save-folder")
+    return stopped
+
+
+def start_network(args, stopped, classes):
+    """The network to train: as the checkpoint `stopped` left it, to be fine-tuned, or new."""
+    pretrained = not (stopped or args.pretrained_model or args.no_pretrained_backbone)
+    pretrained = pretrained and distributed.rank() == 0  # DDP hands rank 0's weights to all
+    try:
+        network = build_model(args.model, len(classes), pretrained)
+    except OSError as error:
+        raise UserError(
+            f"no ImageNet weights ({error}): put them into {torch.hub.get_dir()}/checkpoints,"
+            " or train from scratch with --no-pretrained-backbone"
+        ) from error
+    source = stopped or (args.pretrained_model and load_checkpoint(args.pretrained_model))
+    if source and source["model"] != args.model:
+        raise UserError(f"the checkpoint is of {source['model']}: use --model {source['model']}")
+    if stopped:
+        if stopped["classes"] != classes:
+            raise UserError(
+                f"{args.save_folder}: holds a run on {len(stopped['classes']) - 1} other classes"
+                f" ({', '.join(stopped['classes'][1:4])}, ...): give another --save-folder"
+            )
+        fill(network, stopped["model_state_dict"], args.save_folder)
+    elif source:
+        say(fine_tune_from(network, source, classes, args.pretrained_model))
+    return network
+
+
+def save_run(file, progress, network, optimizer, scaler, by=0):
+    """Write a run's checkpoint from process `by`; UserError if a weight is not finite."""
+    if not all(values.isfinite().all() for values in network.state_dict().values()):
+        raise UserError(
+            f"weights not finite in epoch {progress['epoch'] + 1} after {progress['samples_seen']} images,"
+            f" so not saved: lower --lr; {file} is as it was"
+        )
+    if distributed.rank() == by:
+        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save_checkpoint(file, progress | {"model_state_dict": network.state_dict()} | states)
 
 
 def save_checkpoint(path, state):

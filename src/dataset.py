@@ -39,15 +39,9 @@ class CocoDataset(Dataset):
         self.sizes = np.array([(i["width"], i["height"]) for i in images], np.int32).reshape(-1, 2)
         self.file_names = np.array([os.fsencode(image["file_name"]) for image in images])
         self._collect_boxes(data["annotations"])
-        missing = self._missing_pictures()
-        if missing:
-            raise UserError(
-                f"{self.annotation_file}: {len(missing)} of its {len(images)} pictures are not in"
-                f" {self.folder}, the first is {missing[0]}: copy them there"
-            )
 
     def _collect_boxes(self, annotations):
-        """Objects to train on, by picture: those of picture i are rows starts[i] to starts[i+1]."""
+        """Objects to train on, by image: those of image i are rows starts[i] to starts[i+1]."""
         annotations = [a for a in annotations if not a["iscrowd"]]
         ids = np.array([a["image_id"] for a in annotations], np.int64)
         labels = np.array([a["category_id"] for a in annotations], np.int64)
@@ -59,9 +53,6 @@ class CocoDataset(Dataset):
         self.boxes = boxes.astype(np.float32)[order]
         self.labels = (np.searchsorted(self.category_ids, labels) + 1)[order]
         self.starts = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
-
-    def _missing_pictures(self):
-        return [name for name in map(os.fsdecode, self.file_names) if not (self.folder / name).is_file()]
 
     def __len__(self):
         return len(self.image_ids)
@@ -79,12 +70,12 @@ class CocoDataset(Dataset):
         return image, *targets, self.image_ids[index]
 
     def objects(self, index):
-        """Boxes (G, 4) float32 xyxy in [0, 1] and labels (G,) int64 of picture `index`."""
+        """Boxes (G, 4) float32 xyxy in [0, 1] and labels (G,) int64 of image `index`."""
         rows = slice(self.starts[index], self.starts[index + 1])
         return self.boxes[rows], self.labels[rows]
 
     def read(self, index):
-        """Picture `index` as (H, W, 3) uint8 RGB, turned the way its annotations are."""
+        """Image `index` as (H, W, 3) uint8 RGB, turned the way its annotations are."""
         path, (width, height) = self.path(index), self.sizes[index].tolist()
         image = read_image(path)
         if image.shape[:2] != (height, width):  # annotated without regard to EXIF, perhaps
@@ -98,17 +89,26 @@ class CocoDataset(Dataset):
         return image
 
     def path(self, index):
-        """File of picture `index`."""
+        """File of image `index`."""
         return self.folder / os.fsdecode(self.file_names[index])
 
-    def check_sizes(self, indices):
-        """UnreadableImage if one of these pictures is not of the size in the annotation file.
+    def check_files(self, indices):
+        """UserError if one of these images is missing, or not of the size in the annotation file.
 
         Opens the files, but decodes only those whose header shows another size (EXIF turns them).
         """
+        missing = []
         for index in indices:
-            if image_size(self.path(index)) != tuple(self.sizes[index].tolist()):
+            path = self.path(index)
+            if not path.is_file():
+                missing.append(path.relative_to(self.folder))
+            elif image_size(path) != tuple(self.sizes[index].tolist()):
                 self.read(index)
+        if missing:
+            raise UserError(
+                f"{self.annotation_file}: {len(missing)} of its {len(self)} images are not in"
+                f" {self.folder}, the first is {missing[0]}: copy them there"
+            )
 
 
 def check_categories(data, category_ids, classes, source):
@@ -134,13 +134,13 @@ class TrainSampler:
     def __init__(self, num_samples, batch_size, rank=0, world_size=1, seed=0):
         if num_samples < batch_size * world_size:
             largest = num_samples // world_size
-            remedy = "more pictures: a batch has at least 2"  # batch norm needs them
+            remedy = "more images: a batch has at least 2"  # batch norm needs them
             if largest > 1:
                 remedy = f"--batch-size {largest} or less"
             elif num_samples > 1:
                 remedy = "fewer processes"
             raise UserError(
-                f"{num_samples} training pictures are less than one batch of {batch_size} x"
+                f"{num_samples} training images are less than one batch of {batch_size} x"
                 f" {world_size} processes: use {remedy}"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed

@@ -83,7 +83,7 @@ def fold_batch_norm(module):
 
 
 def record(image, found, classes):
-    """One picture's entry in the JSON output; boxes [xmin, ymin, xmax, ymax] in pixels."""
+    """One image's entry in the JSON output; boxes [xmin, ymin, xmax, ymax] in pixels."""
     boxes, labels, scores = (found[key].tolist() for key in ("boxes", "labels", "scores"))
     return {
         "width": image.shape[1],

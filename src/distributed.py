@@ -1,6 +1,7 @@
 """Rank, world size, set-up and gathering: the little that train.py needs to know of processes."""
 
 import os
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,24 @@ def rank():
 def world_size():
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Print from one process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def devices(device):
+    """What all processes run on, as rank 0 says it: "8 x NVIDIA H100", "1 x CPU (16 threads)"; else "".
+
+    device is this process's; collective.
+    """
+    name = f"CPU ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    counts = Counter(gather(name) or [])
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
 def total(values):

@@ -1,4 +1,4 @@
-"""train_one_epoch and evaluate."""
+"""The optimizer, one epoch of training, and evaluation."""
 
 import contextlib
 import io
@@ -17,6 +17,36 @@ from src.usage import UserError
 
 LOG_EVERY = 10  # steps; the losses are looked at, and the device waited for, only then
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+
+
+def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=1.0, stopped=None):
+    """SGD, as checkpoint `stopped` left it; no weight decay on biases and batch norm.
+
+    A parameter group's "lr_factor" multiplies the learning rate of every step.
+    """
+    backbone = "backbone.", "feature_extractor."  # what its parameters' names start with
+    groups = [
+        {
+            "params": [
+                p
+                for name, p in network.named_parameters()
+                if (p.ndim > 1) == decays and name.startswith(backbone) == in_backbone
+            ],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_factor": backbone_lr_factor if in_backbone else 1.0,
+        }
+        for decays in (True, False)
+        for in_backbone in (True, False)
+    ]
+    optimizer = torch.optim.SGD(groups, lr, momentum=momentum, fused=True)
+    if stopped:  # momentum from there, options from the command line
+        options = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(stopped["optimizer"] | {"param_groups": options})
+    else:
+        # Fused SGD leaves its buffers uninitialised if GradScaler skips the very first step.
+        for p in network.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp):
@@ -82,13 +112,13 @@ def not_finite(losses, image_ids, epoch, iteration):
         if not all(map(math.isfinite, values)):
             return UserError(
                 f"loss {values} in epoch {epoch + 1}, iteration {step}, images {ids.tolist()}:"
-                " lower --lr, or look at these pictures' boxes; the last checkpoint is kept"
+                " lower --lr, or look at these images' boxes; the last checkpoint is kept"
             )
     return UserError(f"loss of another process not finite in epoch {epoch + 1}: see its message")
 
 
 def evaluate(detector, loader, truth, nms_threshold=0.5):
-    """COCO figures of a Detector on the pictures of `loader`, each process detecting in its share.
+    """COCO figures of a Detector on the images of `loader`, each process detecting in its share.
 
     loader yields images (B, 300, 300, 3) uint8, image ids (B,) and sizes (B, 2) in pixels; truth
     is pycocotools' COCO on rank 0, unused elsewhere. Returns on rank 0 metrics (the twelve figures

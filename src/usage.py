@@ -1,4 +1,4 @@
-"""What a user may ask of a script, and how a script answers when it cannot be done."""
+"""Command-line parsing and one-line error messages for all scripts."""
 
 import argparse
 import errno
@@ -15,17 +15,22 @@ class UserError(Exception):
 
 
 class UnreadableImage(UserError):
-    """A picture file that cannot be used; what was computed before it was met is sound."""
+    """An image file that cannot be used; what was computed before it was met is sound."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's, but it states the default where there is one."""
+
+    def _get_help_string(self, action):
+        stated = action.default not in (None, False, argparse.SUPPRESS)
+        return action.help + (" (default: %(default)s)" if stated else "")
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, where `--save_folder` is as good as `--save-folder` and errors take one line."""
 
-    def add_argument(self, *names, **settings):
-        """argparse's, but --help tells the default where there is one."""
-        if settings.get("default") not in (None, argparse.SUPPRESS):
-            settings["help"] = f"{settings.get('help', '')} (default: %(default)s)".lstrip()
-        return super().add_argument(*names, **settings)
+    def __init__(self, **settings):
+        super().__init__(formatter_class=HelpFormatter, **settings)
 
     def parse_args(self, args=None):
         """Parse `args` (default: the command line); exits with status 2 on a mistake."""
@@ -58,6 +63,16 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def make_folder(option, folder):
+    """Make a folder that a run will write to: better an error now than after an epoch."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {folder}: may not be written to; choose another")
+
+
 def make_writable(option, path, inputs=()):
     """Make sure that a file can be written at `path`: its folder is made, with all above it.
 
@@ -77,12 +92,16 @@ def make_writable(option, path, inputs=()):
         raise UserError(f"{option} {path}: may not be written; choose another place")
 
 
-def quit_on_ctrl_c():
-    """End at once on Ctrl-C, silently, with status 130: until `run`, which can do better.
+def before_imports():
+    """What has to be settled before torch is imported, which takes seconds.
 
-    An exception could be raised anywhere within an import, and turned into another one there.
+    Until `run`, Ctrl-C ends the script at once and silently: an exception raised within an import
+    might be turned into another one there. OpenMP's threads sleep while they wait for one another
+    unless the user says otherwise: spinning, they starve one another as soon as another program
+    wants a core.
     """
     handle_signals(lambda *_: os._exit(130), [signal.SIGINT])
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 # Those that ask a script to end: Ctrl-C, kill, a closed terminal (which Windows does not tell).

@@ -1,4 +1,4 @@
-"""Draw detections on pictures."""
+"""Draw detections on images."""
 
 import colorsys
 
@@ -17,7 +17,7 @@ def draw_detections(image, boxes, labels, scores, classes):
     """Return a copy of image (H, W, 3) uint8 RGB with boxes (K, 4) xyxy in pixels drawn on it.
 
     labels (K,) index into `classes`; scores (K,) in [0, 1], or None for ground truth. Lines and
-    type scale with the picture; labels stay inside its frame.
+    type scale with the image; labels stay inside its frame.
     """
     image = np.array(image, order="C")
     height, width = image.shape[:2]

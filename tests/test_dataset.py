@@ -123,7 +123,7 @@ def test_boxes_that_reach_outside_are_clipped(tmp_path):
     file = small(tmp_path, [box(10, [-10, 40, 30, 20]), box(10, [90, -5, 20, 30])])
     data = CocoDataset(tmp_path, "set")
     np.testing.assert_allclose(data.boxes, [(0, 0.8, 0.2, 1), (0.9, 0, 1, 0.5)], atol=1e-6)
-    assert dict(data.repairs) == {"boxes clipped to their picture": 2}
+    assert dict(data.repairs) == {"boxes clipped to their image": 2}
     assert [a["bbox"] for a in ground_truth(file).anns.values()] == [[0, 40, 20, 10], [90, 0, 10, 25]]
 
 
@@ -277,8 +277,9 @@ def test_missing_annotation_file_names_what_was_looked_for(tmp_path):
 def test_missing_pictures_are_found_at_once_with_file_and_folder(tmp_path):
     small(tmp_path)
     (tmp_path / "set" / "b.jpg").unlink()
+    data = CocoDataset(tmp_path, "set")
     with pytest.raises(UserError) as error:
-        CocoDataset(tmp_path, "set")
+        data.check_files(range(2))
     assert "b.jpg" in str(error.value) and str(tmp_path / "set") in str(error.value)
     assert "1 of its 2" in str(error.value)
 
@@ -505,7 +506,7 @@ def test_what_other_tools_export_is_taken(tmp_path, change):
     (tmp_path / "set").mkdir()
     Image.new("RGB", (100, 50)).save(tmp_path / "set" / "a.jpg")
     dataset = CocoDataset(tmp_path, "set")
-    dataset.check_sizes([0])
+    dataset.check_files([0])
     np.testing.assert_allclose(dataset.boxes, [[0.05, 0.1, 0.15, 0.5]], rtol=1e-6)
     (mended,) = ground_truth(dataset.annotation_file).anns.values()
     assert isinstance(mended["id"], int) and mended["area"] == 200
@@ -514,11 +515,11 @@ def test_what_other_tools_export_is_taken(tmp_path, change):
 def test_sizes_are_checked_and_a_turned_picture_fits(tmp_path):
     small(tmp_path)
     dataset = CocoDataset(tmp_path, "set")
-    dataset.check_sizes(range(2))
+    dataset.check_files(range(2))
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG", exif=exif)
-    dataset.check_sizes([0])
+    dataset.check_files([0])
     Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG")
     with pytest.raises(UnreadableImage, match="50x100 pixels, but 100x50"):
-        dataset.check_sizes([0, 1])
+        dataset.check_files([0, 1])

@@ -136,7 +136,7 @@ def test_all_gpus_train_and_resume(tmp_path):
     make_dataset(tmp_path / "data", train=8 * gpus, val=2 * gpus + 1)
     train(tmp_path / "data", tmp_path, "--epochs", 1, processes=gpus)
     said = train(tmp_path / "data", tmp_path, "--epochs", 2, processes=gpus)
-    assert "going on from" in said and "epoch 2" in said
+    assert "resuming from" in said and "epoch 2" in said
     state = torch.load(tmp_path / "ssdlite.pth", weights_only=True)
     assert (state["epoch"], state["samples_seen"]) == (2, 0)
     assert state["scaler"]["scale"] > 0

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 FOUNDATIONS = {"boxes", "loss", "transform", "distributed", "visualize", "images", "annotations"}
 BELOW = {name: set() for name in (*FOUNDATIONS, "usage")}
 BELOW["model"] = {"boxes"}
+BELOW["stopping"] = {"distributed"}
 BELOW["dataset"] = BELOW["checkpoint"] = FOUNDATIONS | {"model"}
 BELOW["detector"] = BELOW["engine"] = FOUNDATIONS | {"model", "dataset", "checkpoint"}
 

@@ -108,6 +108,6 @@ def test_commands_run_one_after_the_other(tmp_path):
             words.append("--inspect")
         run = subprocess.run(words, cwd=tmp_path, env=ENV | {"PATH": path}, capture_output=True, text=True)
         assert run.returncode == 0, f"{shlex.join(words)}\n{run.stdout}{run.stderr}"
-        assert "going on from" not in run.stdout
+        assert "resuming from" not in run.stdout
         print(f"RAN      {command}")
     assert all((tmp_path / name).exists() for name in ("b.jpg", "b.mp4", "ssdlite.onnx"))

@@ -78,14 +78,14 @@ def test_training_leaves_checkpoints_and_a_log(trained):
     assert all(math.isfinite(event.value) for events in found.values() for event in events)
 
 
-def test_the_log_shows_pictures_with_predictions_beside_the_truth(shapes, trained):
+def test_the_log_shows_images_with_predictions_beside_the_truth(shapes, trained):
     log = EventAccumulator(str(trained / "log" / "ssdlite"), size_guidance={"images": 0})
     log.Reload()
-    assert log.Tags()["images"] == [f"Test/Picture_{n}" for n in range(4)]
+    assert log.Tags()["images"] == [f"Test/Image_{n}" for n in range(4)]
     data = CocoDataset(shapes, "val2017")
     boxes = 0
     for n in range(4):
-        first, second = log.Images(f"Test/Picture_{n}")
+        first, second = log.Images(f"Test/Image_{n}")
         assert (first.step, second.step) == (3, 6)
         image = cv2.imdecode(np.frombuffer(first.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
         assert image.shape == (300, 600, 3)
@@ -111,7 +111,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(shapes, tmp_path):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in output
+    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes" in output
     assert load(stopped / "ssdlite.pth")["epoch"] < 6
     train(shapes, stopped, "--epochs", 6)
     weights, expected = (load(folder / "ssdlite.pth")["model_state_dict"] for folder in (stopped, whole))
@@ -554,7 +554,7 @@ def keep_categories(shapes, folder, kept):
 def test_fewer_categories_in_validation_are_trained_with(shapes, tmp_path):
     data = keep_categories(shapes, tmp_path / "data", slice(1, 4))
     done = train(data, tmp_path / "out", "--epochs", 1)
-    assert "validation: 5 pictures" in done.stdout and "of 3 classes" in done.stdout
+    assert "validation: 5 images" in done.stdout and "of 3 classes" in done.stdout
     assert len(load(tmp_path / "out" / "ssdlite.pth")["classes"]) == 7
     assert load(tmp_path / "out" / "ssdlite.pth")["best_map"] >= 0
 

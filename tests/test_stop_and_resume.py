@@ -97,7 +97,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processe
             if status == 0:
                 break
         (found, steps), (expected, _) = end_of(folder), end_of(whole)
-        resumed += len(re.findall(r"going on from .*: (?:1|0 epochs, [1-9])", said))
+        resumed += len(re.findall(r"resuming from .*: (?:1|0 epochs, [1-9])", said))
         for end in (found, expected):  # the rate of the last step that this very process took:
             end["optimizer"] = end["optimizer"]["state"]  # derived anew for each step, not read
         for key in ("model_state_dict", "optimizer", "epoch", "samples_seen", "best_map"):

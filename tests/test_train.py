@@ -21,8 +21,9 @@ from torchvision.models import mobilenet_v2
 from torchvision.transforms.functional import normalize, to_tensor
 
 import train
-from src import distributed
-from src.engine import METRICS
+from src import distributed, stopping
+from src.checkpoint import start_network
+from src.engine import METRICS, make_optimizer
 from src.images import read_image
 from src.model import build_model
 from src.transform import resize
@@ -58,24 +59,24 @@ def test_learning_rate_grows_with_the_pictures_of_a_step(batch_size, world_size,
     assert train.learning_rate(args, 1000, world_size, 5, 0) == pytest.approx(2.6e-3 * factor)
 
 
-def test_warm_up_takes_the_first_epoch_at_most():
+def test_warm_up_may_outlast_the_first_epoch_or_be_left_out():
     args = SimpleNamespace(**RECIPE)
-    assert train.learning_rate(args, 100, 1, 0, 49) == pytest.approx(1.3e-3)
-    assert train.learning_rate(args, 100, 1, 0, 99) == pytest.approx(2.6e-3)
+    assert train.learning_rate(args, 100, 1, 1, 49) == pytest.approx(1.3e-3)
+    assert train.learning_rate(args, 100, 1, 2, 99) == pytest.approx(2.6e-3)
     args = SimpleNamespace(**RECIPE | {"warmup": 0})
     assert train.learning_rate(args, 100, 1, 0, 0) == pytest.approx(2.6e-3)
 
 
-def optimizer_options(**changed):
-    """What make_optimizer reads of the command line."""
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "backbone_lr_factor": 1.0}
-    return SimpleNamespace(**options | changed)
+@pytest.mark.parametrize("options, reached", [([], 1.0), (["--warmup", 12], 0.5), (["--warmup", 1], 1.0)])
+def test_only_the_default_warm_up_ends_with_the_first_epoch(run_main, options, reached):
+    (seen,) = run_main(1, [0.1], "--lr", 0.032, "--multistep", 9, *options)  # 6 iterations per epoch
+    assert seen[0]["lr_at_the_end"] == pytest.approx(0.032 * 2 / 32 * reached)
 
 
 @pytest.mark.parametrize("name", ["ssd", "ssdlite"])
 def test_weights_decay_but_biases_and_batch_norm_do_not(name):
     network = build_model(name, 4, pretrained_backbone=False)
-    optimizer = train.make_optimizer(network, optimizer_options(), None)
+    optimizer = make_optimizer(network, 0.1)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
     assert not any(group["nesterov"] for group in optimizer.param_groups)
@@ -89,7 +90,7 @@ def test_weights_decay_but_biases_and_batch_norm_do_not(name):
 @pytest.mark.parametrize("name", ["ssd", "ssdlite"])
 def test_the_backbone_alone_takes_backbone_lr_factor(name):
     network = build_model(name, 4, pretrained_backbone=False)
-    optimizer = train.make_optimizer(network, optimizer_options(backbone_lr_factor=0.03), None)
+    optimizer = make_optimizer(network, 0.1, backbone_lr_factor=0.03)
     factors = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
     backbone = network.feature_extractor if name == "ssd" else network.backbone
     assert {factors.pop(id(p)) for p in backbone.parameters()} == {0.03}
@@ -107,8 +108,8 @@ def test_momentum_of_checkpoints_with_two_groups_finds_its_weights(name):
     old = torch.optim.SGD([{"params": weights}, {"params": others}], 0.1, momentum=0.9)
     for number, p in enumerate([*weights, *others]):
         old.state[p]["momentum_buffer"] = torch.full_like(p, number)
-    options = optimizer_options(backbone_lr_factor=0.03)
-    optimizer = train.make_optimizer(network, options, {"optimizer": old.state_dict()})
+    stopped = {"optimizer": old.state_dict()}
+    optimizer = make_optimizer(network, 0.1, backbone_lr_factor=0.03, stopped=stopped)
     for number, p in enumerate([*weights, *others]):
         assert (optimizer.state[p]["momentum_buffer"] == number).all()
 
@@ -127,7 +128,7 @@ def imagenet_network(tmp_path, monkeypatch):
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     shutil.copy(SHARED / "weights" / IMAGENET_FILE, tmp_path / "hub/checkpoints")
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "ssdlite"])
-    return train.start_network(train.parse_args(), None, ["background", "cat", "dog"]).eval()
+    return start_network(train.parse_args(), None, ["background", "cat", "dog"]).eval()
 
 
 @torch.inference_mode()
@@ -151,11 +152,11 @@ def test_a_closed_terminal_stops_a_run_but_for_nohup():
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        received = train.stop_on_signals()
+        received = stopping.stop_on_signals()
         os.kill(os.getpid(), signal.SIGHUP)
         assert received == []
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        received = train.stop_on_signals()
+        received = stopping.stop_on_signals()
         os.kill(os.getpid(), signal.SIGHUP)
         assert received == [signal.SIGHUP]
     finally:
@@ -177,6 +178,7 @@ def spied_main(rank, world_size, port, options, maps, file):
         ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
         seen.append({"ids": ids, "ddp": isinstance(model, DistributedDataParallel)})
         seen[-1] |= {"amp": amp, "lr": learning_rate(1, 0), "epoch": epoch, "first": first}
+        seen[-1]["lr_at_the_end"] = learning_rate(0, len(loader) - 1)
         seen[-1]["zoom_out"] = loader.dataset.zoom_out
         return []
 
@@ -190,7 +192,7 @@ def spied_main(rank, world_size, port, options, maps, file):
         return (dict.fromkeys(METRICS, next(results)), None) if rank == 0 else None
 
     train.train_one_epoch, train.Detector, train.evaluate = train_one_epoch, detector, evaluate
-    train.write_pictures = lambda *_: None
+    train.write_images = lambda *_: None
     sys.argv = ["train.py", *options]
     train.main()
     torch.save(seen, file.format(rank=rank))
@@ -256,9 +258,12 @@ def test_truth_of_a_set_with_fewer_categories_has_their_colours():
     log = SimpleNamespace(add_image=lambda tag, image, *_, **__: drawn.append(image))
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
     detector = SimpleNamespace(
-        classes=["background", "cat", "dog", "cup"], category_ids=[2, 7, 44], detect_resized=lambda *_, **__: [nothing]
+        size=300,
+        classes=["background", "cat", "dog", "cup"],
+        category_ids=[2, 7, 44],
+        detect_resized=lambda *_, **__: [nothing],
     )
-    train.write_pictures(log, detector, OneCup(), 0)
+    train.write_images(log, detector, OneCup(), 0)
     edge = drawn[0][61:240, 300 + 240]  # the right edge of the box, in the right half
     assert (edge == class_colour(3)).all(axis=1).mean() > 0.9
 

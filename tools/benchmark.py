@@ -11,7 +11,7 @@ share of the limit is that of the machine's own matrix products.
 from src import usage
 
 if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
+    usage.before_imports()
 
 import contextlib
 import copy
