@@ -110,6 +110,9 @@ class SSDLite(nn.Module):
             self.conf.append(lite_head(c, num_classes * boxes, cells))
         for part in (self.additional_blocks, self.loc, self.conf):
             part.apply(init_convolution)
+        for module in self.modules():
+            if isinstance(module, nn.ReLU6):
+                module.inplace = False  # in place, training would first copy the input for the gradient
 
     def forward(self, images):
         """images (B, 3, 300, 300) -> loc (B, 3000, 4), cls_logits (B, 3000, C)."""
@@ -138,7 +141,7 @@ def lite_head(c_in, c_out, cells):
     return nn.Sequential(
         nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False),
         nn.BatchNorm2d(c_in),
-        nn.ReLU6(inplace=True),
+        nn.ReLU6(),
         nn.Conv2d(c_in, c_out, 1),
     )
 

@@ -154,9 +154,9 @@ def test_the_file_is_standard_and_says_what_it_is(folder, name):
     assert json.loads(metadata["classes"]) == classes and classes[0] == "background"
 
 
-def test_readme_lines_detect_without_torch(tmp_path):
-    """The command and the Python of README's "Export to ONNX", as they stand."""
-    text = (ROOT / "README.md").read_text().split("## Export to ONNX")[1].split("\n## ")[0]
+def test_the_lines_of_the_usage_page_detect_without_torch(tmp_path):
+    """The command and the Python of docs/usage.md's "Export to ONNX", as they are."""
+    text = (ROOT / "docs" / "usage.md").read_text().split("## Export to ONNX")[1].split("\n## ")[0]
     (command,) = re.findall(r"(?m)^    python (export\.py .+)$", text)
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for name in ("demo", "src", "export.py"):

@@ -49,8 +49,8 @@ def write_yolo(folder):
 
 
 def readme_command(kind):
-    """The words of README's globox command for a format."""
-    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if kind in line)
+    """The words of the usage page's globox command for a format."""
+    (line,) = (line for line in (ROOT / "docs" / "usage.md").read_text().splitlines() if kind in line)
     return shlex.split(line)
 
 
