@@ -35,9 +35,9 @@ HEADER = f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}]>\n'
 # What comes before the network, in ONNX's own notation. `exclude_outside`: the weights of pixels
 # beyond the border are left out, as torch and Pillow do, not given to the border's pixels.
 BEFORE = """
-before (uint8[H, W, 3] image) => (uint8[1, 300, 300, 3] pixels, int64[3] shape)
+before (uint8[H, W, 3] image) => (uint8[1, SIZE, SIZE, 3] pixels, int64[3] shape)
 {
-    size = Constant <value_ints = [300, 300]> ()
+    size = Constant <value_ints = [SIZE, SIZE]> ()
     first_axis = Constant <value_ints = [0]> ()
     resized = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel",
                       antialias = 1, exclude_outside = 1, axes = [0, 1]> (image, , , size)
@@ -115,7 +115,8 @@ def export(detector):
     middle.ir_version = IR_VERSION
     for node in middle.graph.node:
         node.ClearField("metadata_props")  # paths and lines of the source on this machine
-    before, after = (onnx.parser.parse_model(HEADER + text) for text in (BEFORE, AFTER))
+    texts = BEFORE.replace("SIZE", str(detector.size)), AFTER
+    before, after = (onnx.parser.parse_model(HEADER + text) for text in texts)
     model = onnx.compose.merge_models(before, middle, [("pixels", "pixels")])
     model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
     del model.opset_import[1:]  # merging repeats it
