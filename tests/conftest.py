@@ -3,6 +3,7 @@
 import pytest
 
 from demo.shapes import make_dataset
+from src import transform
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +12,9 @@ def shapes_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     make_dataset(folder, train=12, val=6)
     return folder
+
+
+@pytest.fixture
+def no_jitter(monkeypatch):
+    """The augmentation without its colours."""
+    monkeypatch.setattr(transform, "jitter_colours", lambda image, rng: image)

@@ -1,9 +1,10 @@
-"""src.transform against Pillow, torchvision and a plain rewrite of the paper's crop."""
+"""src.transform against Pillow and torchvision; crops, and boxes that stay with their pixels.
 
-import bisect
+What the paper states is in paper/test_data_augmentation.py.
+"""
+
 import colorsys
 import math
-import random
 
 import cv2
 import numpy as np
@@ -11,171 +12,33 @@ import pytest
 import torch
 import torchvision.transforms.functional as F
 from PIL import Image
-from samples import scene
+from samples import ONE_OBJECT, THREE_OBJECTS, kolmogorov_smirnov, scene
 from torchvision import transforms
 
 from src import transform
 
-LARGE = [(0.15, 0.1, 0.85, 0.8)]
-SEVERAL = [(0.1, 0.2, 0.45, 0.6), (0.5, 0.5, 0.9, 0.95), (0.3, 0.4, 0.7, 0.75)]
+# Crops
 
 
-# The crop's distribution
-
-
-def plain_crop(objects, source):
-    """SSD section 2.2 as DESIGN.md states it, one draw a patch: (patch or None, objects kept)."""
-    while True:
-        option = source.choice(["whole", 0.1, 0.3, 0.5, 0.7, 0.9, "any"])
-        if option == "whole":
-            return None, len(objects)
-        w, h = 0.3 + 0.7 * source.random(), 0.3 + 0.7 * source.random()
-        if w > 2 * h or h > 2 * w:
-            continue
-        x, y = (1 - w) * source.random(), (1 - h) * source.random()
-        kept, worst = 0, 1
-        for x1, y1, x2, y2 in objects:
-            kept += x < (x1 + x2) / 2 < x + w and y < (y1 + y2) / 2 < y + h
-            shared = max(0, min(x2, x + w) - max(x1, x)) * max(0, min(y2, y + h) - max(y1, y))
-            worst = min(worst, shared / ((x2 - x1) * (y2 - y1) + w * h - shared))
-        if kept and (option == "any" or worst > option):
-            return (x, y, x + w, y + h), kept
-
-
-def statistics(patches):
-    """What is compared of [(patch or None, objects kept), ...], a list of numbers each."""
-    real = [patch for patch, _ in patches if patch is not None]
-    return {
-        "whole": [float(patch is None) for patch, _ in patches],
-        "kept": [kept for _, kept in patches],
-        "left": [x1 for x1, _, _, _ in real],
-        "top": [y1 for _, y1, _, _ in real],
-        "right": [x2 for _, _, x2, _ in real],
-        "bottom": [y2 for _, _, _, y2 in real],
-        "area": [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in real],
-        "aspect": [(x2 - x1) / (y2 - y1) for x1, y1, x2, y2 in real],
-    }
-
-
-def kolmogorov_smirnov(a, b):
-    """Largest distance of two samples' distributions, and what it exceeds once in 10^6 times."""
-    a, b = sorted(a), sorted(b)
-    share = lambda values, x: bisect.bisect_right(values, x) / len(values)  # noqa: E731
-    distance = max(abs(share(a, x) - share(b, x)) for x in [*a, *b])
-    return distance, math.sqrt(-math.log(1e-6 / 2) / 2 * (len(a) + len(b)) / (len(a) * len(b)))
-
-
-@pytest.mark.parametrize("objects", [LARGE, SEVERAL], ids=["one object", "three objects"])
-def test_patches_are_distributed_as_in_the_paper(objects):
-    rng, source, boxes = np.random.default_rng(1), random.Random(2), np.float32(objects)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    ours, plain = [], [plain_crop(objects, source) for _ in range(20_000)]
-    for _ in range(20_000):
-        patch = transform.sample_patch(boxes, rng)
-        if patch is None:
-            ours.append((None, len(objects)))
-        else:
-            inside = (centres > patch[:2]).all(1) & (centres < patch[2:]).all(1)
-            ours.append((patch.tolist(), int(inside.sum())))
-    ours, plain = statistics(ours), statistics(plain)
-    for name, values in ours.items():
-        distance, limit = kolmogorov_smirnov(values, plain[name])
-        assert distance < limit, (name, distance, limit)
-
-
-def test_the_kinds_of_patch_are_those_of_the_paper():
-    # SSD section 2.2: IoU at least 0.1, 0.3, 0.5, 0.7 or 0.9; or any patch. With one object, the
-    # whole picture, a patch's IoU is its area.
-    class OneKind:
-        def __init__(self, kind):
-            self.kind, self.uniform = kind, np.random.default_rng(kind).uniform
-
-        def integers(self, count):
-            assert count == 7
-            return self.kind
-
-    whole = np.float32([(0, 0, 1, 1)])
-    assert transform.sample_patch(whole, OneKind(0)) is None
-    smallest = []
-    for kind in range(1, 7):
-        rng = OneKind(kind)
-        patches = np.array([transform.sample_patch(whole, rng) for _ in range(200)])
-        smallest.append((patches[:, 2:] - patches[:, :2]).prod(axis=1).min())
-    smallest.sort()
-    assert smallest[1] < 0.2
-    np.testing.assert_array_less([0.3, 0.5, 0.7, 0.9], smallest[2:])
-    np.testing.assert_allclose(smallest[2:], [0.3, 0.5, 0.7, 0.9], atol=0.02)
-
-
-def test_crop_keeps_the_objects_whose_centre_is_inside_and_clips_them(monkeypatch):
-    # Patch 20..60 x 20..80 of a picture of 100 x 100: objects worked out by hand.
-    monkeypatch.setattr(transform, "sample_patch", lambda *_: np.array([0.2, 0.2, 0.6, 0.8]))
-    boxes = np.float32([(0.3, 0.3, 0.5, 0.5), (0.5, 0.1, 0.65, 0.5), (0.55, 0.5, 0.75, 0.7), (0, 0, 0.1, 0.1)])
-    image = scene(100, 100)
-    cut, kept, labels = transform.crop(image, boxes, np.array([5, 6, 7, 8]), None)
-    np.testing.assert_array_equal(cut, image[20:80, 20:60])
-    np.testing.assert_allclose(kept, [(0.25, 1 / 6, 0.75, 0.5), (0.75, 0, 1, 0.5)], atol=1e-6)
-    assert labels.tolist() == [5, 6]
-
-
-def test_picture_without_objects_stays_whole():
+def test_an_image_without_objects_stays_whole():
     image, rng = scene(), np.random.default_rng(0)
     for _ in range(50):
         cut, boxes, labels = transform.crop(image, np.zeros((0, 4), np.float32), np.zeros(0, int), rng)
         assert cut.shape == image.shape and boxes.shape == (0, 4) and labels.shape == (0,)
 
 
-def test_crop_of_a_tiny_picture_has_pixels_and_an_object():
+def test_a_crop_of_a_tiny_image_has_pixels_and_an_object():
     rng = np.random.default_rng(0)
     for height, width in ((1, 1), (1, 7), (3, 2)):
         for _ in range(200):
             image, boxes, labels = transform.crop(
-                np.zeros((height, width, 3), np.uint8), np.float32(LARGE), np.ones(1, int), rng
+                np.zeros((height, width, 3), np.uint8), np.float32(ONE_OBJECT), np.ones(1, int), rng
             )
             assert min(image.shape) > 0 and len(boxes) == len(labels) == 1
             assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.min() >= 0 and boxes.max() <= 1
 
 
-# Flip, zoom-out, and boxes that stay with their pixels
-
-
-@pytest.fixture
-def no_jitter(monkeypatch):
-    monkeypatch.setattr(transform, "jitter_colours", lambda image, rng: image)
-
-
-def test_half_of_the_pictures_are_mirrored(no_jitter, monkeypatch):
-    monkeypatch.setattr(transform, "resize", lambda image, size: image)  # for speed
-    image, none = np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.float32)
-    image[:, :2] = 255  # bright on the left
-    flips = 0
-    for seed in range(20_000):
-        out, _, _ = transform.augment(image, none, np.zeros(0, int), np.random.default_rng(seed), 300)
-        assert {int(out[1, 0, 0]), int(out[1, 3, 0])} == {0, 255}
-        flips += out[1, 0, 0] == 0
-    assert abs(flips - 10_000) < 4 * math.sqrt(20_000) / 2  # outside once in 16,000 times
-
-
-def test_zoom_out_is_half_the_time_and_up_to_four_times():
-    # SSD section 3.6: "a canvas of 16x of the original image size filled with mean values".
-    image = np.full((50, 60, 3), 7, np.uint8)
-    rng, ratios, places = np.random.default_rng(0), [], []
-    for _ in range(2000):
-        canvas, boxes = transform.expand(image, np.float32([(0, 0, 1, 1)]), rng)
-        height, width, _ = canvas.shape
-        left, top, right, bottom = np.round(boxes[0] * np.tile([width, height], 2)).astype(int)
-        assert (right - left, bottom - top) == (60, 50)
-        assert (canvas[top:bottom, left:right] == 7).all()
-        if canvas.shape != image.shape:
-            rest = canvas.sum() - 7 * image.size
-            assert rest == (124 + 116 + 104) * (width * height - 60 * 50)  # ImageNet's mean
-            ratios.append(width / 60)
-            if width > 90:
-                places.append(left / (width - 60))
-    assert abs(len(ratios) - 1000) < 100
-    assert min(ratios) < 1.1 and max(ratios) > 3.9 and max(ratios) <= 4
-    assert abs(np.mean(ratios) - 2.5) < 0.11  # four standard deviations of a uniform 1..4
-    assert min(places) < 0.02 and max(places) > 0.98 and abs(np.mean(places) - 0.5) < 0.05
+# Boxes that stay with their pixels
 
 
 @pytest.mark.parametrize("zoom_out", [False, True])
@@ -201,11 +64,11 @@ def test_boxes_stay_with_their_pixels(no_jitter, zoom_out):
             areas.append((box[2] - box[0]) * (box[3] - box[1]))
         seen.add(tuple(labels))
     assert len(seen) >= 4  # crops that keep some objects and drop others were among them
-    # Objects cover 0.12 of the picture. A crop leaves a quarter or more, zoom-out down to 1/16.
+    # Objects cover 0.12 of the image. A crop leaves a quarter or more, zoom-out down to 1/16.
     assert (min(areas) < 0.02) == zoom_out
 
 
-def test_boxes_of_an_augmented_picture_are_valid():
+def test_boxes_of_an_augmented_image_are_valid():
     rng = np.random.default_rng(0)
     for seed in range(300):
         corners = rng.uniform(0, 1, (5, 2, 2))
@@ -219,10 +82,10 @@ def test_boxes_of_an_augmented_picture_are_valid():
         assert kept.min() >= 0 and kept.max() <= 1 and (kept[:, 2:] > kept[:, :2]).all()
 
 
-def test_same_generator_same_sample_another_generator_another():
+def test_the_generator_alone_decides_what_a_sample_becomes():
     def sample(seed):
         rng = np.random.default_rng(seed)
-        return transform.augment(scene(), np.float32(SEVERAL), np.arange(3), rng, 300, zoom_out=True)
+        return transform.augment(scene(), np.float32(THREE_OBJECTS), np.arange(3), rng, 300, zoom_out=True)
 
     first, again, other = sample((1, 2, 3)), sample((1, 2, 3)), sample((1, 2, 4))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -290,7 +153,7 @@ def test_colour_factors_are_distributed_as_torchvisions():
 
 
 def test_colour_factors_cover_the_published_ranges():
-    # Found in the pixels, with no knowledge of how they are drawn. A grey picture is changed by
+    # Found in the pixels, with no knowledge of how they are drawn. A grey image is changed by
     # brightness and contrast only, chroma (max - min) by these two and saturation, hue by hue.
     grey, colour = np.full((2, 2, 3), 96, np.uint8), np.full((1, 1, 3), (170, 70, 70), np.uint8)
     grey[1] = 160
@@ -327,7 +190,7 @@ def test_resize_is_pillows_bilinear(height, width):
 
 
 def test_resize_takes_a_view():
-    image = scene(400, 500)  # a crop is a view of its picture
+    image = scene(400, 500)  # a crop is a view of its image
     np.testing.assert_array_equal(
         transform.resize(image[50:250, 100:420], 300), transform.resize(image[50:250, 100:420].copy(), 300)
     )
