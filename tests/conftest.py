@@ -3,11 +3,18 @@
 import pytest
 
 from demo.shapes import make_dataset
+from src import transform
 
 
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory):
-    """Folder of 12 training and 6 validation pictures, in each an empty one and a crowd."""
+    """Folder of 12 training and 6 validation images; both sets have an image without objects and a crowd."""
     folder = tmp_path_factory.mktemp("shapes")
     make_dataset(folder, train=12, val=6)
     return folder
+
+
+@pytest.fixture
+def no_jitter(monkeypatch):
+    """The augmentation without its colours."""
+    monkeypatch.setattr(transform, "jitter_colours", lambda image, rng: image)

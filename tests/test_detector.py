@@ -5,31 +5,23 @@ import copy
 import numpy as np
 import pytest
 import torch
-from reference.inputs import image, weights
+from reference.inputs import image
+from samples import reference_network
 from torch import nn
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
 from src.boxes import make_default_boxes, to_corners
 from src.detector import Detector, fold_batch_norm, record
-from src.model import build_model
 
 MODELS = ("ssd", "ssdlite")
 CLASSES = ["background"] + [f"class {k}" for k in range(1, 8)]
 SIZES = [(300, 300), (120, 400), (501, 77), (1, 1)]  # height, width
 
 
-def filled(name):
-    """A network with reference weights; its batch norms are far from the identity."""
-    model = build_model(name, len(CLASSES), pretrained_backbone=False).eval()
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict({key: torch.from_numpy(v) for key, v in weights(shapes).items()})
-    return model
-
-
 @pytest.fixture(scope="module")
 def models():
-    return {name: filled(name) for name in MODELS}
+    return {name: reference_network(name, len(CLASSES)) for name in MODELS}
 
 
 @pytest.fixture(scope="module")

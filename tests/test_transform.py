@@ -1,197 +1,44 @@
-"""src.transform against Pillow, torchvision and a plain rewrite of the paper's crop."""
+"""src.transform against Pillow and torchvision; crops, and boxes that stay with their pixels.
 
-import bisect
+What the paper states is in paper/test_data_augmentation.py.
+"""
+
 import colorsys
-import io
 import math
-import random
-import struct
-import warnings
-import zlib
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
+from samples import ONE_OBJECT, THREE_OBJECTS, kolmogorov_smirnov, scene
 from torchvision import transforms
 
-from src import images as image_files
 from src import transform
-from src.usage import UserError
 
-AWKWARD = Path(__file__).parents[2] / "shared" / "data" / "awkward"
-LARGE = [(0.15, 0.1, 0.85, 0.8)]
-SEVERAL = [(0.1, 0.2, 0.45, 0.6), (0.5, 0.5, 0.9, 0.95), (0.3, 0.4, 0.7, 0.75)]
+# Crops
 
 
-def scene(height=150, width=200):
-    """A colourful picture: gradients, a rectangle, some noise."""
-    y, x = np.mgrid[:height, :width]
-    picture = np.stack([x * 255 / width, y * 255 / height, 255 - (x + y) * 255 / (width + height)])
-    picture[:, height // 4 : height // 2, width // 3 : width // 2] = np.reshape([220, 40, 90], (3, 1, 1))
-    noise = np.random.default_rng(0).normal(0, 6, picture.shape)
-    return (picture + noise).clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
-
-
-# The crop's distribution
-
-
-def plain_crop(objects, source):
-    """SSD section 2.2 as DESIGN.md states it, one draw a patch: (patch or None, objects kept)."""
-    while True:
-        option = source.choice(["whole", 0.1, 0.3, 0.5, 0.7, 0.9, "any"])
-        if option == "whole":
-            return None, len(objects)
-        w, h = 0.3 + 0.7 * source.random(), 0.3 + 0.7 * source.random()
-        if w > 2 * h or h > 2 * w:
-            continue
-        x, y = (1 - w) * source.random(), (1 - h) * source.random()
-        kept, worst = 0, 1
-        for x1, y1, x2, y2 in objects:
-            kept += x < (x1 + x2) / 2 < x + w and y < (y1 + y2) / 2 < y + h
-            shared = max(0, min(x2, x + w) - max(x1, x)) * max(0, min(y2, y + h) - max(y1, y))
-            worst = min(worst, shared / ((x2 - x1) * (y2 - y1) + w * h - shared))
-        if kept and (option == "any" or worst > option):
-            return (x, y, x + w, y + h), kept
-
-
-def statistics(patches):
-    """What is compared of [(patch or None, objects kept), ...], a list of numbers each."""
-    real = [patch for patch, _ in patches if patch is not None]
-    return {
-        "whole": [float(patch is None) for patch, _ in patches],
-        "kept": [kept for _, kept in patches],
-        "left": [x1 for x1, _, _, _ in real],
-        "top": [y1 for _, y1, _, _ in real],
-        "right": [x2 for _, _, x2, _ in real],
-        "bottom": [y2 for _, _, _, y2 in real],
-        "area": [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in real],
-        "aspect": [(x2 - x1) / (y2 - y1) for x1, y1, x2, y2 in real],
-    }
-
-
-def kolmogorov_smirnov(a, b):
-    """Largest distance of two samples' distributions, and what it exceeds once in 10^6 times."""
-    a, b = sorted(a), sorted(b)
-    share = lambda values, x: bisect.bisect_right(values, x) / len(values)  # noqa: E731
-    distance = max(abs(share(a, x) - share(b, x)) for x in [*a, *b])
-    return distance, math.sqrt(-math.log(1e-6 / 2) / 2 * (len(a) + len(b)) / (len(a) * len(b)))
-
-
-@pytest.mark.parametrize("objects", [LARGE, SEVERAL], ids=["one object", "three objects"])
-def test_patches_are_distributed_as_in_the_paper(objects):
-    rng, source, boxes = np.random.default_rng(1), random.Random(2), np.float32(objects)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    ours, plain = [], [plain_crop(objects, source) for _ in range(20_000)]
-    for _ in range(20_000):
-        patch = transform.sample_patch(boxes, rng)
-        if patch is None:
-            ours.append((None, len(objects)))
-        else:
-            inside = (centres > patch[:2]).all(1) & (centres < patch[2:]).all(1)
-            ours.append((patch.tolist(), int(inside.sum())))
-    ours, plain = statistics(ours), statistics(plain)
-    for name, values in ours.items():
-        distance, limit = kolmogorov_smirnov(values, plain[name])
-        assert distance < limit, (name, distance, limit)
-
-
-def test_the_kinds_of_patch_are_those_of_the_paper():
-    # SSD section 2.2: IoU at least 0.1, 0.3, 0.5, 0.7 or 0.9; or any patch. With one object, the
-    # whole picture, a patch's IoU is its area.
-    class OneKind:
-        def __init__(self, kind):
-            self.kind, self.uniform = kind, np.random.default_rng(kind).uniform
-
-        def integers(self, count):
-            assert count == 7
-            return self.kind
-
-    whole = np.float32([(0, 0, 1, 1)])
-    assert transform.sample_patch(whole, OneKind(0)) is None
-    smallest = []
-    for kind in range(1, 7):
-        rng = OneKind(kind)
-        patches = np.array([transform.sample_patch(whole, rng) for _ in range(200)])
-        smallest.append((patches[:, 2:] - patches[:, :2]).prod(axis=1).min())
-    smallest.sort()
-    assert smallest[1] < 0.2
-    np.testing.assert_array_less([0.3, 0.5, 0.7, 0.9], smallest[2:])
-    np.testing.assert_allclose(smallest[2:], [0.3, 0.5, 0.7, 0.9], atol=0.02)
-
-
-def test_crop_keeps_the_objects_whose_centre_is_inside_and_clips_them(monkeypatch):
-    # Patch 20..60 x 20..80 of a picture of 100 x 100: objects worked out by hand.
-    monkeypatch.setattr(transform, "sample_patch", lambda *_: np.array([0.2, 0.2, 0.6, 0.8]))
-    boxes = np.float32([(0.3, 0.3, 0.5, 0.5), (0.5, 0.1, 0.65, 0.5), (0.55, 0.5, 0.75, 0.7), (0, 0, 0.1, 0.1)])
-    image = scene(100, 100)
-    cut, kept, labels = transform.crop(image, boxes, np.array([5, 6, 7, 8]), None)
-    np.testing.assert_array_equal(cut, image[20:80, 20:60])
-    np.testing.assert_allclose(kept, [(0.25, 1 / 6, 0.75, 0.5), (0.75, 0, 1, 0.5)], atol=1e-6)
-    assert labels.tolist() == [5, 6]
-
-
-def test_picture_without_objects_stays_whole():
+def test_an_image_without_objects_stays_whole():
     image, rng = scene(), np.random.default_rng(0)
     for _ in range(50):
         cut, boxes, labels = transform.crop(image, np.zeros((0, 4), np.float32), np.zeros(0, int), rng)
         assert cut.shape == image.shape and boxes.shape == (0, 4) and labels.shape == (0,)
 
 
-def test_crop_of_a_tiny_picture_has_pixels_and_an_object():
+def test_a_crop_of_a_tiny_image_has_pixels_and_an_object():
     rng = np.random.default_rng(0)
     for height, width in ((1, 1), (1, 7), (3, 2)):
         for _ in range(200):
             image, boxes, labels = transform.crop(
-                np.zeros((height, width, 3), np.uint8), np.float32(LARGE), np.ones(1, int), rng
+                np.zeros((height, width, 3), np.uint8), np.float32(ONE_OBJECT), np.ones(1, int), rng
             )
             assert min(image.shape) > 0 and len(boxes) == len(labels) == 1
             assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.min() >= 0 and boxes.max() <= 1
 
 
-# Flip, zoom-out, and boxes that stay with their pixels
-
-
-@pytest.fixture
-def no_jitter(monkeypatch):
-    monkeypatch.setattr(transform, "jitter_colours", lambda image, rng: image)
-
-
-def test_half_of_the_pictures_are_mirrored(no_jitter, monkeypatch):
-    monkeypatch.setattr(transform, "resize", lambda image, size: image)  # for speed
-    image, none = np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4), np.float32)
-    image[:, :2] = 255  # bright on the left
-    flips = 0
-    for seed in range(20_000):
-        out, _, _ = transform.augment(image, none, np.zeros(0, int), np.random.default_rng(seed), 300)
-        assert {int(out[1, 0, 0]), int(out[1, 3, 0])} == {0, 255}
-        flips += out[1, 0, 0] == 0
-    assert abs(flips - 10_000) < 4 * math.sqrt(20_000) / 2  # outside once in 16,000 times
-
-
-def test_zoom_out_is_half_the_time_and_up_to_four_times():
-    # SSD section 3.6: "a canvas of 16x of the original image size filled with mean values".
-    image = np.full((50, 60, 3), 7, np.uint8)
-    rng, ratios, places = np.random.default_rng(0), [], []
-    for _ in range(2000):
-        canvas, boxes = transform.expand(image, np.float32([(0, 0, 1, 1)]), rng)
-        height, width, _ = canvas.shape
-        left, top, right, bottom = np.round(boxes[0] * np.tile([width, height], 2)).astype(int)
-        assert (right - left, bottom - top) == (60, 50)
-        assert (canvas[top:bottom, left:right] == 7).all()
-        if canvas.shape != image.shape:
-            rest = canvas.sum() - 7 * image.size
-            assert rest == (124 + 116 + 104) * (width * height - 60 * 50)  # ImageNet's mean
-            ratios.append(width / 60)
-            if width > 90:
-                places.append(left / (width - 60))
-    assert abs(len(ratios) - 1000) < 100
-    assert min(ratios) < 1.1 and max(ratios) > 3.9 and max(ratios) <= 4
-    assert abs(np.mean(ratios) - 2.5) < 0.11  # four standard deviations of a uniform 1..4
-    assert min(places) < 0.02 and max(places) > 0.98 and abs(np.mean(places) - 0.5) < 0.05
+# Boxes that stay with their pixels
 
 
 @pytest.mark.parametrize("zoom_out", [False, True])
@@ -217,11 +64,11 @@ def test_boxes_stay_with_their_pixels(no_jitter, zoom_out):
             areas.append((box[2] - box[0]) * (box[3] - box[1]))
         seen.add(tuple(labels))
     assert len(seen) >= 4  # crops that keep some objects and drop others were among them
-    # Objects cover 0.12 of the picture. A crop leaves a quarter or more, zoom-out down to 1/16.
+    # Objects cover 0.12 of the image. A crop leaves a quarter or more, zoom-out down to 1/16.
     assert (min(areas) < 0.02) == zoom_out
 
 
-def test_boxes_of_an_augmented_picture_are_valid():
+def test_boxes_of_an_augmented_image_are_valid():
     rng = np.random.default_rng(0)
     for seed in range(300):
         corners = rng.uniform(0, 1, (5, 2, 2))
@@ -235,10 +82,10 @@ def test_boxes_of_an_augmented_picture_are_valid():
         assert kept.min() >= 0 and kept.max() <= 1 and (kept[:, 2:] > kept[:, :2]).all()
 
 
-def test_same_generator_same_sample_another_generator_another():
+def test_the_generator_alone_decides_what_a_sample_becomes():
     def sample(seed):
         rng = np.random.default_rng(seed)
-        return transform.augment(scene(), np.float32(SEVERAL), np.arange(3), rng, 300, zoom_out=True)
+        return transform.augment(scene(), np.float32(THREE_OBJECTS), np.arange(3), rng, 300, zoom_out=True)
 
     first, again, other = sample((1, 2, 3)), sample((1, 2, 3)), sample((1, 2, 4))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -306,7 +153,7 @@ def test_colour_factors_are_distributed_as_torchvisions():
 
 
 def test_colour_factors_cover_the_published_ranges():
-    # Found in the pixels, with no knowledge of how they are drawn. A grey picture is changed by
+    # Found in the pixels, with no knowledge of how they are drawn. A grey image is changed by
     # brightness and contrast only, chroma (max - min) by these two and saturation, hue by hue.
     grey, colour = np.full((2, 2, 3), 96, np.uint8), np.full((1, 1, 3), (170, 70, 70), np.uint8)
     grey[1] = 160
@@ -343,7 +190,7 @@ def test_resize_is_pillows_bilinear(height, width):
 
 
 def test_resize_takes_a_view():
-    image = scene(400, 500)  # a crop is a view of its picture
+    image = scene(400, 500)  # a crop is a view of its image
     np.testing.assert_array_equal(
         transform.resize(image[50:250, 100:420], 300), transform.resize(image[50:250, 100:420].copy(), 300)
     )
@@ -366,215 +213,3 @@ def test_normalize_leaves_its_input_alone():
     before = images.clone()
     first, second = transform.normalize(images), transform.normalize(images)
     assert torch.equal(images, before) and torch.equal(first, second)
-
-
-# Reading
-
-
-def assert_same_picture(ours, expected):
-    assert ours.dtype == np.uint8 and ours.shape == expected.shape
-    assert np.abs(ours.astype(int) - expected).mean() < 2
-
-
-def upright_in_pillow(path):
-    """The picture as Pillow shows it, RGB."""
-    with Image.open(path) as picture:
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGBA").convert("RGB"))
-
-
-@pytest.mark.parametrize(
-    "mode, name",
-    [("RGB", "a.jpg"), ("L", "a.jpg"), ("CMYK", "a.jpg"), ("RGB", "a.png"), ("L", "a.png"),
-     ("LA", "a.png"), ("RGBA", "a.png"), ("1", "a.png"), ("P", "a.png"), ("RGB", "a.webp"),
-     ("P", "a.gif"), ("RGB", "a.bmp"), ("RGB", "misnamed.png.jpg")],
-)  # fmt: skip
-def test_formats_and_modes_are_read_as_pillow_reads_them(tmp_path, mode, name):
-    path = tmp_path / name
-    kind = "PNG" if name == "misnamed.png.jpg" else None
-    Image.fromarray(scene()).convert(mode).save(path, kind)
-    assert_same_picture(image_files.read_image(path), upright_in_pillow(path))
-    assert_same_picture(image_files.read_image(str(path)), upright_in_pillow(path))
-
-
-def test_progressive_jpeg(tmp_path):
-    path = tmp_path / "a.jpg"
-    Image.fromarray(scene()).save(path, progressive=True)
-    assert_same_picture(image_files.read_image(path), upright_in_pillow(path))
-
-
-def test_palette_with_alpha_has_the_palettes_colours(tmp_path):
-    picture = Image.new("P", (4, 2))
-    picture.putpalette([10, 20, 30, 200, 100, 50, 0, 255, 0])
-    picture.putdata([0, 0, 1, 1, 2, 2, 1, 0])
-    picture.save(tmp_path / "a.png", transparency=bytes([255, 128, 255]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # Pillow's, once a picture
-        ours = image_files.read_image(tmp_path / "a.png")
-    palette = np.array([(10, 20, 30), (200, 100, 50), (0, 255, 0)])
-    np.testing.assert_array_equal(ours, palette[[[0, 0, 1, 1], [2, 2, 1, 0]]])
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path, channels):
-    levels = np.linspace(0, 65535, 64 * 50).reshape(50, 64).astype(np.uint16)
-    cv2.imwrite(str(tmp_path / "a.png"), levels if channels == 1 else cv2.merge([levels] * 3))
-    ours = image_files.read_image(tmp_path / "a.png")
-    assert ours.shape == (50, 64, 3)
-    np.testing.assert_allclose(ours, np.stack([levels / 257] * 3, axis=2), atol=1)
-
-
-def test_animated_gif_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    ours = image_files.read_image(tmp_path / "a.gif")
-    assert ours.shape == (10, 20, 3) and (ours == (255, 0, 0)).all()
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation, name):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = scene(60, 90)
-    Image.fromarray(stored).save(tmp_path / name, exif=exif, quality=95)
-    # EXIF 2.3, tag 274: where the stored row 0 and column 0 are seen.
-    seen = {
-        1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1],
-        5: stored.transpose(1, 0, 2), 6: np.rot90(stored, -1),
-        7: stored[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(stored),
-    }  # fmt: skip
-    ours = image_files.read_image(tmp_path / name)
-    assert_same_picture(ours, upright_in_pillow(tmp_path / name))
-    assert ours.shape == seen[orientation].shape
-    coarse = lambda image: cv2.blur(np.ascontiguousarray(image), (9, 9)).astype(int)  # noqa: E731
-    assert np.abs(coarse(ours) - coarse(seen[orientation])).mean() < 5
-    if name == "a.tif":
-        return  # Pillow itself turns them, unasked
-    as_stored = image_files.read_image(tmp_path / name, upright=False)
-    assert as_stored.shape == stored.shape
-    assert np.abs(coarse(as_stored) - coarse(stored)).mean() < 5
-
-
-def test_the_line_about_a_broken_file_has_no_python_in_it(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"no image at all")
-    with pytest.raises(UserError) as error:
-        image_files.read_image(tmp_path / "a.jpg")
-    assert "a.jpg" in str(error.value) and "<" not in str(error.value)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_an_uncompressed_tiff_is_turned_whatever_its_mode(tmp_path, orientation, mode):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = Image.fromarray(scene(60, 90)).convert(mode)
-    stored.save(tmp_path / "a.tif", exif=exif)
-    turns = {1: 0, 3: 2, 6: -1, 8: 1}  # EXIF 2.3, tag 274, in quarters to the left
-    expected = np.rot90(np.array(stored.convert("RGB")), turns[orientation])
-    np.testing.assert_array_equal(image_files.read_image(tmp_path / "a.tif"), expected)
-
-
-def jpeg_segment(kind, content):
-    """An APP segment as JPEG stores it: its marker, its length, its content."""
-    return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content
-
-
-def test_orientation_of_a_jpeg_whose_xmp_precedes_its_exif(tmp_path):
-    exif, file = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6  # seen turned by 90 degrees clockwise
-    Image.fromarray(scene(60, 90)).save(file, "JPEG", exif=exif)
-    data, stored = file.getvalue(), np.asarray(Image.open(file))
-    xmp = jpeg_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta></x:xmpmeta>")
-    (tmp_path / "a.jpg").write_bytes(data[:2] + xmp + data[2:])
-    np.testing.assert_array_equal(image_files.read_image(tmp_path / "a.jpg"), np.rot90(stored, -1))
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.gif", "a.bmp", "a.tif"])
-def test_reading_warns_of_nothing(tmp_path, name):
-    Image.fromarray(scene()).save(tmp_path / name)
-    assert image_files.read_image(tmp_path / name).shape == scene().shape
-
-
-@pytest.mark.parametrize("kind", [1, 4, 7])
-def test_an_odd_exif_tag_does_not_hide_the_image(tmp_path, kind):
-    exif, file = Image.Exif(), io.BytesIO()
-    exif[0x0112], exif[0x0128] = 6, 2  # the second, the unit of resolution, is a SHORT: 3
-    Image.new("RGB", (50, 40)).save(file, "JPEG", exif=exif)
-    data = file.getvalue()
-    assert data.count(b"\x01\x28\x00\x03") == 1
-    (tmp_path / "a.jpg").write_bytes(data.replace(b"\x01\x28\x00\x03", bytes([0x01, 0x28, 0x00, kind])))
-    assert image_files.read_image(tmp_path / "a.jpg").shape == (50, 40, 3)
-
-
-def png_header(width, height):
-    """A PNG file that promises a picture of this size and holds nothing."""
-    chunk = lambda kind, data: (  # noqa: E731
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    )
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-
-
-def jpeg_of_size(width, height):
-    """A JPEG file whose header claims another size than it has."""
-    file = io.BytesIO()
-    Image.fromarray(scene()).save(file, "JPEG")
-    data = bytearray(file.getvalue())
-    start = data.index(b"\xff\xc0")  # the frame header: length, precision, height, width
-    data[start + 5 : start + 9] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
-def broken_files():
-    """Name -> bytes of files that are no pictures."""
-    files = {"empty.jpg": b"", "text.png": b"not a picture\n" * 50, "zeros.jpg": bytes(500)}
-    for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG"), ("a.webp", "WEBP"), ("a.gif", "GIF")):
-        file = io.BytesIO()
-        Image.fromarray(scene()).save(file, kind)
-        data = file.getvalue()
-        files |= {f"cut {name}": data[: len(data) // 2], f"stub of {name}": data[:30]}
-    files["no data.png"] = png_header(20, 10)
-    files["bomb.png"] = png_header(60_000, 60_000)
-    files["bomb.jpg"] = jpeg_of_size(65_000, 65_000)
-    return files
-
-
-@pytest.mark.parametrize("name", broken_files())
-def test_what_is_no_picture_is_a_users_error_that_names_the_file(tmp_path, name):
-    (tmp_path / name).write_bytes(broken_files()[name])
-    for upright in (True, False):
-        with pytest.raises(UserError) as error:
-            image_files.read_image(tmp_path / name, upright)
-        assert str(error.value).startswith(str(tmp_path / name))
-        assert str(error.value).count(str(tmp_path)) == 1
-        assert "\n" not in str(error.value)
-        assert ".cpp" not in str(error.value)  # a decoder's own source file
-
-
-def test_an_image_of_too_many_pixels_is_told_what_to_do(tmp_path):
-    for name, data in (("a.png", png_header(17_000, 11_000)), ("a.jpg", jpeg_of_size(17_000, 11_000))):
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match=f"{name}: more than 178 million pixels: scale it down"):
-            image_files.read_image(tmp_path / name)
-
-
-def test_missing_file_and_folder(tmp_path):
-    (tmp_path / "folder.jpg").mkdir()
-    for path in (tmp_path / "nothing.jpg", tmp_path / "folder.jpg", str(tmp_path / "no" / "a.png")):
-        with pytest.raises(UserError) as error:
-            image_files.read_image(path)
-        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-
-
-def test_awkward_files():
-    if not AWKWARD.is_dir():
-        pytest.skip("no ../shared/data/awkward beside the repository")
-    pictures = [path for path in sorted(AWKWARD.iterdir()) if path.suffix != ".md"]
-    assert pictures
-    for path in pictures:
-        if path.name.startswith("BROKEN_"):
-            with pytest.raises(UserError, match=path.name):
-                image_files.read_image(path)
-        else:
-            assert_same_picture(image_files.read_image(path), upright_in_pillow(path))

@@ -1,0 +1,177 @@
+"""src.annotations against hand-worked values: what is repaired, and what is refused."""
+
+import gc
+import json
+
+import numpy as np
+import pytest
+from samples import CATEGORIES, box, small_dataset
+
+from src.annotations import ground_truth, read_annotations
+from src.dataset import CocoDataset
+from src.usage import UserError
+
+# What is repaired
+
+
+def test_crowds_are_counted_kept_for_evaluation_and_not_trained_on(tmp_path):
+    file = small_dataset(tmp_path, [box(10, [0, 0, 9, 9]), box(10, [5, 5, 40, 40], iscrowd=1)])
+    data = CocoDataset(tmp_path, "set")
+    assert len(data.boxes) == 1 and sum(map(len, (data.objects(0)[0], data.objects(1)[0]))) == 1
+    assert [n for what, n in data.repairs.items() if "crowd" in what] == [1]
+    assert [a["iscrowd"] for a in ground_truth(file).anns.values()] == [0, 1]
+
+
+def test_boxes_without_area_are_left_out_and_counted(tmp_path):
+    nan = float("nan")
+    bad = [[10, 10, 0, 5], [10, 10, 5, 0], [10, 10, -5, 5], [10, 10, 5, -5], [nan, 1, 5, 5]]
+    bad += [[1, 1, nan, 5], [200, 10, 5, 5], [10, -20, 5, 5]]  # the last two are outside
+    file = small_dataset(tmp_path, [box(10, bbox) for bbox in bad] + [box(10, [10, 10, 5, 5])])
+    data = CocoDataset(tmp_path, "set")
+    np.testing.assert_allclose(data.boxes, [(0.1, 0.2, 0.15, 0.3)], atol=1e-6)
+    assert dict(data.repairs) == {"boxes of no area left out": len(bad)}
+    assert len(ground_truth(file).anns) == 1
+
+
+def test_boxes_that_reach_outside_are_clipped(tmp_path):
+    file = small_dataset(tmp_path, [box(10, [-10, 40, 30, 20]), box(10, [90, -5, 20, 30])])
+    data = CocoDataset(tmp_path, "set")
+    np.testing.assert_allclose(data.boxes, [(0, 0.8, 0.2, 1), (0.9, 0, 1, 0.5)], atol=1e-6)
+    assert dict(data.repairs) == {"boxes clipped to their image": 2}
+    assert [a["bbox"] for a in ground_truth(file).anns.values()] == [[0, 40, 20, 10], [90, 0, 10, 25]]
+
+
+def test_a_missing_area_or_iscrowd_is_derived(tmp_path):
+    whole, bare = box(10, [1, 1, 2, 3]), box(20, [10, 10, 20, 5])
+    del bare["area"], bare["iscrowd"]
+    file = small_dataset(tmp_path, [whole, bare, bare | {"area": None, "iscrowd": 1}])
+    truth = ground_truth(file)
+    assert [(a["area"], a["iscrowd"]) for a in truth.anns.values()] == [(6, 0), (100, 0), (100, 1)]
+    repairs = CocoDataset(tmp_path, "set").repairs
+    assert sorted(repairs.values()) == [1, 1, 2]
+    assert [n for what, n in repairs.items() if "area" in what] == [2]
+
+
+@pytest.mark.parametrize("ids", [(5, 5, 6), (0, 1, 2), (None, None, None)])
+def test_duplicate_missing_and_zero_annotation_ids_are_renumbered(tmp_path, ids):
+    entries = [box(10, [1, 1, 9, 9]) | ({"id": i} if i is not None else {}) for i in ids]
+    file = small_dataset(tmp_path)
+    content = json.loads(file.read_text()) | {"annotations": entries}
+    file.write_text(json.dumps(content))
+    truth = ground_truth(file)
+    assert len(truth.anns) == 3 and 0 not in truth.anns
+    assert read_annotations(file)[1]["annotation ids renumbered"] == 3
+
+
+def test_good_annotations_are_left_as_they_are(tmp_path):
+    entries = [box(10, [1.5, 1.25, 9, 9], id=17, area=30.5), box(20, [0, 0, 100, 50], id=4)]
+    file = small_dataset(tmp_path, entries)
+    data, repairs = read_annotations(file)
+    assert data == json.loads(file.read_text()) and not repairs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image, annotation: image.update(width=float(image["width"])),
+        lambda image, annotation: annotation.update(iscrowd=False),
+        lambda image, annotation: annotation.update(id="a1"),
+        lambda image, annotation: annotation.update(area="12"),
+        lambda image, annotation: annotation.update(area=float("nan")),
+        lambda image, annotation: annotation.pop("area"),
+    ],
+)
+def test_what_other_tools_export_is_accepted(tmp_path, change):
+    image = {"id": 2**40, "file_name": "a.jpg", "width": 100, "height": 50}
+    annotation = {"id": 5} | box(2**40, [5, 5, 10, 20])
+    change(image, annotation)
+    small_dataset(tmp_path, [annotation], [image])
+    dataset = CocoDataset(tmp_path, "set")
+    dataset.check_files([0])
+    np.testing.assert_allclose(dataset.boxes, [[0.05, 0.1, 0.15, 0.5]], rtol=1e-6)
+    (repaired,) = ground_truth(dataset.annotation_file).anns.values()
+    assert isinstance(repaired["id"], int) and repaired["area"] == 200
+
+
+def test_garbage_collection_is_restored_after_opening(tmp_path):
+    file = small_dataset(tmp_path)
+    CocoDataset(tmp_path, "set")
+    assert gc.isenabled()
+    file.write_text("no JSON")
+    with pytest.raises(UserError):
+        CocoDataset(tmp_path, "set")
+    assert gc.isenabled()
+
+
+# What cannot be repaired
+
+
+def entry(**more):
+    return {"images": [{"id": 1, "file_name": "a.jpg", "width": 9, "height": 9} | more]}
+
+
+FATAL = {
+    "no images": ({"images": None}, "images"),
+    "images not a list": ({"images": {"1": {}}}, "images"),
+    "no annotations": ({"annotations": None}, "annotations"),
+    "no categories": ({"categories": None}, "categories"),
+    "categories not a list": ({"categories": "cat"}, "categories"),
+    "unknown category": ({"annotations": [box(10, [1, 1, 5, 5], 99)]}, "99"),
+    "unknown image": ({"annotations": [box(987, [1, 1, 5, 5])]}, "987"),
+    "category twice": ({"categories": CATEGORIES + [{"id": 44, "name": "mug"}]}, "44"),
+    "image twice": ({"images": entry()["images"] * 2}, "1"),
+    "empty images": ({"images": []}, "images"),
+    "empty categories": ({"categories": []}, "categories"),
+    "size 0": (entry(width=0), "0"),
+    "negative size": (entry(height=-9), "-9"),
+    "size a string": (entry(width="9"), ""),
+    "image not an object": ({"images": ["a.jpg"]}, ""),
+    "image without id": ({"images": [{"file_name": "a.jpg", "width": 9, "height": 9}]}, "id"),
+    "image without size": ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "width"),
+    "image without name": ({"images": [{"id": 1, "width": 9, "height": 9}]}, "file_name"),
+    "image id a string": (entry(id="one"), "one"),
+    "image name a number": (entry(file_name=7), ""),
+    "annotation not an object": ({"annotations": ["box"]}, ""),
+    "annotation without image": ({"annotations": [{"category_id": 7}]}, "image_id"),
+    "annotation without box": ({"annotations": [{"image_id": 10, "category_id": 7}]}, "bbox"),
+    "box of three": ({"annotations": [box(10, [1, 1, 5, 5]) | {"bbox": [1, 2, 3]}]}, ""),
+    "box of strings": ({"annotations": [box(10, [1, 1, 5, 5]) | {"bbox": list("abcd")}]}, ""),
+    "category not an object": ({"categories": ["cat"]}, ""),
+    "category without id": ({"categories": [{"name": "cat"}]}, "id"),
+    "category without name": ({"categories": [{"id": 7}]}, "name"),
+    "category without a letter": ({"categories": CATEGORIES + [{"id": 9, "name": " "}]}, "9"),
+    "name twice": ({"categories": CATEGORIES + [{"id": 9, "name": "cat"}]}, "[2, 9]"),
+    "boxes in fractions": ({"annotations": [box(10, [0.1, 0.2, 0.5, 1.0])] * 2}, "pixels"),
+    "category ids of two kinds": ({"categories": CATEGORIES + [{"id": "x", "name": "x"}]}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FATAL)
+def test_an_inconsistent_file_is_a_users_error_that_names_file_and_entry(tmp_path, case):
+    change, named = FATAL[case]
+    file = small_dataset(tmp_path)
+    content = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(UserError) as error:
+        CocoDataset(tmp_path, "set")
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
+    assert named in str(error.value).removeprefix(str(file))
+
+
+def test_a_few_boxes_smaller_than_two_pixels_are_accepted(tmp_path):
+    small_dataset(tmp_path, [box(10, [1, 1, 1, 1]), box(10, [5, 5, 1, 2])])
+    assert len(CocoDataset(tmp_path, "set").boxes) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{'images': 1}", b"\xff\xfe\x00", b"[1, 2]", b"7"])
+def test_what_is_not_coco_json_is_a_users_error(tmp_path, content):
+    file = small_dataset(tmp_path)
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        CocoDataset(tmp_path, "set")
+    assert str(error.value).startswith(str(file))
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="instances_val2017.json"):
+        CocoDataset(tmp_path, "val2017")
