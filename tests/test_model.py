@@ -199,3 +199,20 @@ def test_a_batch_equals_its_images_and_channels_last_equals_contiguous(name, mod
         output = forward(model, images.contiguous(memory_format=layout))
         assert_close(list(output), expected, rtol=1e-4, atol=1e-4)
     models[name].to(memory_format=torch.contiguous_format)
+
+
+def test_ssdlites_relu6_copies_nothing_in_training_and_gives_the_same_gradients():
+    images, gradients, clones = torch.randn(2, 3, 300, 300), [], []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        network = build_model("ssdlite", 4, pretrained_backbone=False).train()
+        if in_place:
+            for module in network.modules():
+                if isinstance(module, nn.ReLU6):
+                    module.inplace = True
+        with torch.profiler.profile() as profile:
+            sum(output.square().mean() for output in network(images)).backward()
+        gradients.append([p.grad for p in network.parameters()])
+        clones.append(sum(event.count for event in profile.key_averages() if event.key == "aten::clone"))
+    assert clones[1] - clones[0] == 53  # each ReLU6 of the network
+    assert all(map(torch.equal, *gradients))
