@@ -31,9 +31,7 @@ figures: .venv/installed-dev
 	cp demo/shapes/val2017/000000000160.jpg demo/pictures/1.jpg
 	cp demo/shapes/val2017/000000000178.jpg demo/pictures/2.jpg
 	cp demo/shapes/val2017/000000000152.jpg demo/pictures/3.jpg
-	$(PYTHON) -m demo.video --output $(RUN)/moving.avi
-	$(PYTHON) test_video.py --pretrained-model demo/ssdlite_shapes.pth --input $(RUN)/moving.avi
-	$(PYTHON) -m demo.video --input $(RUN)/moving_prediction.mp4 --output demo/video.gif
+	$(PYTHON) -m demo.video --output demo/video.gif --pretrained-model demo/ssdlite_shapes.pth
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .
