@@ -102,6 +102,15 @@ def mark_objects(ax, boxes):
     outline(ax, boxes, INK, 1.2, DASHES)
 
 
+def heat(ax, boxes, losses, size=300):
+    """The losses (N,) of boxes (N, 4), each spread over the area of its box."""
+    pixels = np.zeros((size, size))
+    corners = (boxes.clamp(0, 1) * size).round().int().tolist()
+    for (x1, y1, x2, y2), loss in zip(corners, losses.tolist(), strict=True):
+        pixels[y1:y2, x1:x2] += loss / max(1, (y2 - y1) * (x2 - x1))
+    ax.imshow(pixels, cmap="inferno", extent=(0, 1, 1, 0))
+
+
 def tag(ax, boxes, texts, colours, size=10, panel=2.6):
     """Write `texts` on plates above their boxes, where `draw_detections` would; `panel`: its width in inches."""
     pixels = panel * 72 * np.array([1, ax.get_aspect()])  # of a point each
@@ -354,11 +363,6 @@ def hard_negatives(data, rng, name, model):
     matched = cls_targets > 0
     chosen = counted & ~matched
     loss = F.cross_entropy(cls_logits[0].detach(), cls_targets, reduction="none")
-    heat = torch.zeros(size, size)  # each background box's loss, spread over its area
-    pixels = (encoder.corners.clamp(0, 1) * size).round().int()
-    for (x1, y1, x2, y2), value in zip(pixels[~matched].tolist(), loss[~matched].tolist(), strict=True):
-        heat[y1:y2, x1:x2] += value / max(1, (y2 - y1) * (x2 - x1))
-
     figure = plt.figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.subplot_mosaic("ABC;DDD", height_ratios=(5, 1))
     left, middle, right, bar = axes.values()
@@ -366,7 +370,7 @@ def hard_negatives(data, rng, name, model):
     show(left, image, f"{counts[0]} matched boxes", fade=0.45)
     outline(left, encoder.corners[matched], BLUE, 1.2)
     show(middle, image, "background loss")
-    middle.imshow(heat.numpy(), cmap="inferno", extent=(0, 1, 1, 0))
+    heat(middle, encoder.corners[~matched], loss[~matched])
     show(right, image, f"{counts[1]} hardest negatives", fade=0.45)
     outline(right, encoder.corners[chosen], RED, 1.2)
     for ax in (left, middle, right):
