@@ -433,14 +433,14 @@ def before_and_after_nms(data, rng, detector):
         outline(axes[1], box, colour, 3, casing=1.5)
     texts = [f"{detector.classes[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     tag(axes[1], boxes, texts, class_colours(labels), 12, panel=4)
-    # Of the boxes that were removed, the one that overlaps its better one least.
-    iou = pairwise_iou(raw, boxes).where(raw_labels[:, None] == labels, 0)
-    iou, better = iou.where(iou > 0.5, 2).min(dim=1)
-    worst = int(iou.argmin()) if len(raw) > len(boxes) else 0
-    if len(raw) > len(boxes):
-        outline(axes[0], boxes[better[worst]], class_colours(labels)[better[worst]], 3, casing=1.5)
+    if len(raw) > len(boxes):  # of those that were removed, the one that overlaps its better one least
+        iou = pairwise_iou(raw, boxes).where(raw_labels[:, None] == labels, 0)
+        iou, better = iou.where(iou > 0.5, 2).min(dim=1)
+        worst = int(iou.argmin())
+        kept = int(better[worst])
+        outline(axes[0], boxes[kept], class_colours(labels)[kept], 3, casing=1.5)
         outline(axes[0], raw[worst], INK, 3, "--", casing=2)
-        text = f"{raw_scores[worst]:.2f}, removed: IoU {iou[worst]:.2f} with {scores[better[worst]]:.2f}"
+        text = f"{raw_scores[worst]:.2f}, removed: IoU {iou[worst]:.2f} with {scores[kept]:.2f}"
         tag(axes[0], raw[[worst]], [text], [INK], 11, panel=4)
     return figure
 
