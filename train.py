@@ -103,7 +103,7 @@ def main():
     stopped = find_stopped_run(latest, options)
     look_over(train_set, val_set, check_files=not stopped)  # loading checks them, too, but later
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
-    truth = ground_truth(val_set.annotation_file) if rank == 0 else None
+    truth = ground_truth(val_set.annotation_file)
 
     # Model
     network = start_network(args, stopped, classes)
@@ -147,22 +147,18 @@ def main():
             # Whichever process meets it: all have the same parameters.
             save_run(latest, *everything, by=rank)
             raise
-        save_run(latest, *everything)  # evaluation may take its time
+        save_run(latest, *everything)
         distributed.share_buffers(network)
         detector = Detector(network, args.model, classes, category_ids, device, args.amp)
-        evaluation = evaluate(detector, val_loader, truth, args.nms_threshold)
-        mean_ap = 0.0
+        metrics, _ = evaluate(detector, val_loader, truth, args.nms_threshold)
         if rank == 0:
-            metrics, _ = evaluation
-            mean_ap = metrics["AP"]
             say(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
             write_images(log, detector, val_set, (epoch + 1) * iterations)
-            metrics = {"mAP" if name == "AP" else name: metrics[name] for name in METRICS}
-            write(log, "Test", metrics, (epoch + 1) * iterations)
-        (mean_ap,) = distributed.total([mean_ap])  # known to all
+            tags = {"mAP" if name == "AP" else name: metrics[name] for name in METRICS}
+            write(log, "Test", tags, (epoch + 1) * iterations)
         progress |= {"epoch": epoch + 1, "samples_seen": 0}
-        if mean_ap >= progress["best_map"]:
-            progress["best_map"] = mean_ap
+        if metrics["AP"] >= progress["best_map"]:
+            progress["best_map"] = metrics["AP"]
             save_run(best, *everything)
         save_run(latest, *everything)
         if stopping.told_to_stop(received):

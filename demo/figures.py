@@ -21,7 +21,7 @@ from src.annotations import ground_truth
 from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes, pairwise_iou, to_corners
 from src.dataset import CocoDataset
 from src.detector import Detector
-from src.engine import coco_results, evaluate, run_coco_eval
+from src.engine import evaluate, run_coco_eval
 from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.transform import augment, normalize, resize, sample_patch
@@ -450,7 +450,7 @@ def precision_recall(data, detector):
     loader = torch.utils.data.DataLoader(data, batch_size=8)
     truth = ground_truth(data.annotation_file)
     _, detections = evaluate(detector, loader, truth)
-    coco_eval = run_coco_eval(truth, coco_results(detections))
+    coco_eval = run_coco_eval(truth, detections)
     recall, (t,) = coco_eval.params.recThrs, np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))
     curves = coco_eval.eval["precision"][t, :, :, 0, -1]  # recall, class; all sizes, 100 boxes
     present = np.flatnonzero((curves > -1).all(axis=0))

@@ -2,11 +2,18 @@
 
 import os
 from collections import Counter
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from src.usage import UserError
+
+# How long a process waits for the others before it fails: a machine that loses its power or its
+# network does not say so. It must exceed all that one process does while others wait: rank 0 saving
+# or downloading ImageNet's weights, a slow disk in the first epoch.
+TIMEOUT = timedelta(minutes=10)
 
 
 def set_up():
@@ -19,8 +26,27 @@ def set_up():
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         # gloo carries Python objects and flags, NCCL the gradients.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, rank, world_size = open_store(TIMEOUT)
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        except RuntimeError as error:
+            if "connectFullMesh" not in str(error):
+                raise
+            # Where a machine's own name is 127.0.1.1 to it, gloo hands that address to the others.
+            raise UserError(
+                f"processes do not reach each other ({error}): on every machine set GLOO_SOCKET_IFNAME"
+                " to the network interface that leads to the others, such as eth0"
+            ) from error
     return device
+
+
+def open_store(timeout):
+    """Connect to torchrun's key-value store; returns it, this process's rank and the world size."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store when it restarts the processes (--max-restarts), and in it the
+    # addresses of the dead ones: each attempt needs keys of its own.
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, world_size
 
 
 def tear_down():
@@ -49,14 +75,14 @@ def say(text):
 
 
 def devices(device):
-    """What all processes run on, as rank 0 says it: "8 x NVIDIA H100", "1 x CPU (16 threads)"; else "".
+    """What all processes run on: "8 x NVIDIA H100", "1 x CPU (16 threads)".
 
     device is this process's; collective.
     """
     name = f"CPU ({torch.get_num_threads()} threads)"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    counts = Counter(gather(name) or [])
+    counts = Counter(gather(name))
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
@@ -70,11 +96,11 @@ def total(values):
 
 
 def gather(value):
-    """Return every process's `value` as a list on rank 0, None elsewhere."""
+    """Every process's `value` as a list, in every process."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, values)
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import math
 import time
+from collections import Counter
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -118,12 +120,12 @@ def not_finite(losses, image_ids, epoch, iteration):
 
 
 def evaluate(detector, loader, truth, nms_threshold=0.5):
-    """COCO figures of a Detector on the images of `loader`, each process detecting in its share.
+    """COCO metrics of a Detector on the images of `loader`; each process detects and judges its share.
 
     loader yields images (B, 300, 300, 3) uint8, image ids (B,) and sizes (B, 2) in pixels; truth
-    is pycocotools' COCO on rank 0, unused elsewhere. Returns on rank 0 metrics (the twelve figures
-    and "per_class") and detections (N, 7) float64: image id, x, y, w, h in pixels, score, category
-    id; elsewhere None. SSD section 3.7: scores above 0.01, NMS, the best 200 an image.
+    is pycocotools' COCO. Returns, in every process, metrics (the twelve and "per_class") and
+    detections (N, 7) float64: image id, x, y, w, h in pixels, score, category id.
+    SSD section 3.7: scores above 0.01, NMS, the best 200 per image.
     """
     rows = [np.zeros((0, 7))]
     quiet = distributed.rank() > 0
@@ -135,12 +137,9 @@ def evaluate(detector, loader, truth, nms_threshold=0.5):
             categories = torch.tensor(detector.category_ids)[one["labels"] - 1]
             columns = [torch.full_like(one["scores"], image_id, dtype=torch.float64), *boxes.T]
             rows.append(torch.stack([*columns, one["scores"], categories], dim=1).numpy())
-    shares = distributed.gather(np.concatenate(rows))
-    if shares is None:
-        return None
-    detections = np.concatenate(shares)
+    detections = np.concatenate(distributed.gather(np.concatenate(rows)))
     detections = detections[np.argsort(detections[:, 0], kind="stable")]
-    return coco_metrics(truth, coco_results(detections)), detections
+    return coco_metrics(truth, detections), detections
 
 
 def coco_results(detections):
@@ -151,25 +150,57 @@ def coco_results(detections):
     ]
 
 
-def run_coco_eval(truth, results):
-    """Run pycocotools on results in COCO's format; return its COCOeval, summarized."""
+def deal(categories, detections, shares):
+    """Categories as `shares` lists that pycocotools judges in about the same time.
+
+    It takes detections one by one: those with most are dealt first, each to the smallest share.
+    """
+    counts = Counter(detections[:, 6].tolist())
+    dealt = [[] for _ in range(shares)]
+    for category in sorted(categories, key=lambda category: (-counts[category], category)):
+        min(dealt, key=lambda share: sum(1 + counts[one] for one in share)).append(category)
+    return dealt
+
+
+def judge(truth, detections, categories):
+    """pycocotools' COCOeval of some categories only, accumulated; others' detections are ignored."""
     # Not truth.loadRes(results), which raises on an empty list.
     annotations = [
         result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-        for number, result in enumerate(results, start=1)
+        for number, result in enumerate(coco_results(detections[np.isin(detections[:, 6], categories)]), start=1)
     ]
     found = as_coco(truth.dataset | {"annotations": annotations})
     with contextlib.redirect_stdout(io.StringIO()):
         coco_eval = COCOeval(truth, found, "bbox")
+        coco_eval.params.catIds = categories
         coco_eval.evaluate()
         coco_eval.accumulate()
+    return coco_eval
+
+
+def run_coco_eval(truth, detections):
+    """Run pycocotools on the same detections (N, 7) in every process; return its COCOeval, summarized.
+
+    Nothing in pycocotools passes from one category to another until the last mean: each process
+    judges its share of the categories, then the shares are joined, bit for bit as one would have it.
+    """
+    own = deal(truth.cats, detections, distributed.world_size())[distributed.rank()]
+    coco_eval = judge(truth, detections, own)
+    arrays = {"precision": 2, "recall": 1, "scores": 2}  # the axis of categories
+    own = [np.moveaxis(coco_eval.eval[name], axis, 0) for name, axis in arrays.items()]
+    shares = distributed.gather(list(zip(coco_eval.params.catIds, *own, strict=True)))
+    categories, *joined = zip(*sorted(sum(shares, []), key=itemgetter(0)), strict=True)
+    coco_eval.params.catIds = list(categories)
+    for (name, axis), values in zip(arrays.items(), joined, strict=True):
+        coco_eval.eval[name] = np.stack(values, axis)
+    with contextlib.redirect_stdout(io.StringIO()):
         coco_eval.summarize()
     return coco_eval
 
 
-def coco_metrics(truth, results):
-    """Return COCO's figures, {figure: value, ..., "per_class": {class name: AP}}."""
-    coco_eval = run_coco_eval(truth, results)
+def coco_metrics(truth, detections):
+    """Return COCO's metrics of detections (N, 7): {metric: value, ..., "per_class": {class name: AP}}."""
+    coco_eval = run_coco_eval(truth, detections)
     precision = coco_eval.eval["precision"]  # IoU, recall, class, area, detections
     per_class = {}
     for k, category in enumerate(truth.loadCats(coco_eval.params.catIds)):

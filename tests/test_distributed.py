@@ -5,13 +5,14 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from runs import free_port, join
 from torch.nn.parallel import DistributedDataParallel
 
 from src import distributed
 from src.boxes import Encoder, make_default_boxes
 from src.detector import Detector
-from src.engine import evaluate
+from src.engine import METRICS, coco_metrics, coco_results, evaluate, run_coco_eval
 from src.loss import MultiBoxLoss
 from src.model import build_model
 
@@ -56,13 +57,13 @@ def in_processes(world_size, tmp_path_factory, *jobs):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes answer; started once, as this takes seconds."""
-    return in_processes(2, tmp_path_factory, use_everything, gradients, evaluate_share)
+    return in_processes(2, tmp_path_factory, use_everything, gradients, evaluate_share, judge_shares)
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     """What three processes answer."""
-    return in_processes(3, tmp_path_factory, use_everything, evaluate_share)
+    return in_processes(3, tmp_path_factory, use_everything, evaluate_share, judge_shares)
 
 
 def use_everything():
@@ -83,10 +84,9 @@ def check_answers(answers, sums):
         assert answer["world_size"] == len(answers)
         assert answer["total"] == pytest.approx(sums, rel=1e-12)  # float64
         assert answer["buffer"] == 5
-    gathered, *others = [answer["gather"] for answer in answers]
-    assert others == [None] * (len(answers) - 1)
-    assert [one["rank"] for one in gathered] == list(range(len(answers)))
-    assert [one["rows"].shape for one in gathered] == [(r, 7) for r in range(len(answers))]
+    for gathered in [answer["gather"] for answer in answers]:
+        assert [one["rank"] for one in gathered] == list(range(len(answers)))
+        assert [one["rows"].shape for one in gathered] == [(r, 7) for r in range(len(answers))]
 
 
 def test_two_processes_total_gather_and_buffers(two):
@@ -173,7 +173,7 @@ def evaluate_share():
     own = slice(distributed.rank(), None, distributed.world_size())
     batches = zip(pixels[own].split(2), ids[own].split(2), strict=True)
     loader = [(p, i, torch.tensor([[300, 300]] * len(i))) for p, i in batches]
-    return evaluate(detector, loader, truth if distributed.rank() == 0 else None)
+    return evaluate(detector, loader, truth)
 
 
 def check_evaluation(answers):
@@ -181,8 +181,10 @@ def check_evaluation(answers):
     torch.set_num_threads(1)  # as in the processes: sums in another order would swap near ties
     metrics, detections = evaluate_share()
     torch.set_num_threads(threads)
+    for _, gathered in answers[1:]:
+        np.testing.assert_array_equal(gathered, answers[0][1])
     (shared, gathered), *others = answers
-    assert others == [None] * (len(answers) - 1)
+    assert all(metrics == shared for metrics, _ in others)  # every process knows them
     assert shared.pop("per_class") == pytest.approx(metrics.pop("per_class"), abs=1e-4)
     assert 0 < metrics["AP"] < 1 and shared == pytest.approx(metrics, abs=1e-4)
     assert len(detections) > 500 and np.ptp(detections[:, 5]) > 0.1  # not one like the other
@@ -197,3 +199,53 @@ def test_evaluation_by_two_processes_finds_the_same(two):
 
 def test_evaluation_by_three_processes_finds_the_same(three):
     check_evaluation(three["evaluate_share"])
+
+
+def noisy_detections(categories):
+    """COCO's truth of six images, and detections (N, 7); the last of several categories has no object."""
+    rng = np.random.default_rng(categories)
+    truth, objects = COCO(), max(1, categories - 1)
+    boxes = np.concatenate([rng.uniform(0, 200, (60, 2)), rng.uniform(9, 150, (60, 2))], axis=1)
+    annotations = [
+        {"id": i + 1, "image_id": i % 6, "category_id": 10 + i * i % objects, "iscrowd": int(i % 20 == 7)}
+        | {"bbox": box, "area": box[2] * box[3]}
+        for i, box in enumerate(boxes.tolist())
+    ]
+    truth.dataset = {
+        "images": [{"id": i, "width": 400, "height": 400} for i in range(6)],
+        "annotations": annotations,
+        "categories": [{"id": 10 + i, "name": str(i)} for i in range(categories)],
+    }
+    truth.createIndex()
+    rows = [[a["image_id"], *a["bbox"], 0, a["category_id"]] for a in annotations for _ in range(3)]
+    detections = np.array(rows) + 0.0
+    detections[:, 1:5] += rng.normal(0, 6, (len(rows), 4))
+    detections[:, 5] = rng.integers(1, 50, len(rows)) / 50  # with ties
+    detections[::9, 6] = 10 + categories - 1
+    return truth, detections
+
+
+def judge_shares():
+    """[(what pycocotools found, metrics)] for a category alone, which leaves processes idle, and for seven."""
+    answers = []
+    for categories in (1, 7):
+        truth, detections = noisy_detections(categories)
+        coco_eval = run_coco_eval(truth, detections)
+        arrays = [coco_eval.eval[name] for name in ("precision", "recall", "scores")]
+        answers.append((arrays, coco_metrics(truth, detections)))
+    return answers
+
+
+@pytest.mark.parametrize("processes", ["two", "three"])
+def test_judged_in_shares_is_judged_by_one_bit_for_bit(processes, request):
+    answers = request.getfixturevalue(processes)["judge_shares"]
+    for i, categories in enumerate((1, 7)):
+        truth, detections = noisy_detections(categories)
+        oracle = COCOeval(truth, truth.loadRes(coco_results(detections)), "bbox")
+        oracle.evaluate(), oracle.accumulate(), oracle.summarize()
+        assert 0.1 < oracle.stats[0] < 0.9 and len(set(oracle.stats)) > 6
+        for arrays, metrics in [by_rank[i] for by_rank in answers]:
+            for name, array in zip(("precision", "recall", "scores"), arrays, strict=True):
+                np.testing.assert_array_equal(array, oracle.eval[name])
+            assert [metrics[name] for name in METRICS] == oracle.stats.tolist()
+            assert metrics == coco_metrics(truth, detections)

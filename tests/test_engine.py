@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from src.annotations import ground_truth
 from src.boxes import Encoder, make_default_boxes
 from src.dataset import CocoDataset
-from src.engine import LOG_EVERY, METRICS, coco_metrics, coco_results, evaluate, metrics_table, train_one_epoch
+from src.engine import LOG_EVERY, METRICS, coco_metrics, coco_results, deal, evaluate, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.usage import UserError
@@ -36,10 +36,10 @@ def truth(shapes_folder):
     return coco
 
 
-def pycocotools_figures(truth, results, categories=None):
+def pycocotools_figures(truth, detections, categories=None):
     """The twelve figures as pycocotools' own loadRes and COCOeval give them: the oracle."""
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        judge = COCOeval(truth, truth.loadRes(coco_results(detections)), "bbox")
         if categories:
             judge.params.catIds = categories
         judge.evaluate()
@@ -49,43 +49,35 @@ def pycocotools_figures(truth, results, categories=None):
 
 
 def perturbed(truth, seed):
-    """Detections: objects moved, some lost, some doubled, some of a wrong class, some invented."""
-    rng, results = np.random.default_rng(seed), []
+    """Detections (N, 7): objects moved, lost, doubled, of a wrong class, invented."""
+    rng, rows = np.random.default_rng(seed), []
     categories = list(truth.cats)
     for a in truth.anns.values():
         for _ in range(rng.integers(0, 3)):
             x, y, w, h = np.array(a["bbox"]) + rng.normal(0, 0.08, 4) * a["bbox"][2]
-            right = rng.random() < 0.8
-            category = a["category_id"] if right else int(rng.choice(categories))
-            results.append((a["image_id"], category, [x, y, max(w, 1), max(h, 1)]))
+            category = a["category_id"] if rng.random() < 0.8 else rng.choice(categories)
+            rows.append([a["image_id"], x, y, max(w, 1), max(h, 1), 0, category])
     for image in truth.imgs:
         for _ in range(rng.integers(0, 4)):
-            box = rng.uniform(5, 150, 4).tolist()
-            results.append((image, int(rng.choice(categories)), box))
-    scores = rng.permutation(np.linspace(0.02, 0.99, len(results)))
-    return [
-        {"image_id": i, "category_id": c, "bbox": [float(v) for v in b], "score": float(s)}
-        for (i, c, b), s in zip(results, scores, strict=True)
-    ]
+            rows.append([image, *rng.uniform(5, 150, 4), 0, rng.choice(categories)])
+    rows = np.array(rows)
+    rows[:, 5] = rng.permutation(np.linspace(0.02, 0.99, len(rows)))
+    return rows
 
 
 # coco_metrics
 
 
 def test_ground_truth_as_detections_scores_one(truth):
-    results = [
-        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1}
-        for a in truth.anns.values()
-        if not a["iscrowd"]
-    ]
-    metrics = coco_metrics(truth, results)
+    objects = [a for a in truth.anns.values() if not a["iscrowd"]]
+    metrics = coco_metrics(truth, np.array([[a["image_id"], *a["bbox"], 1, a["category_id"]] for a in objects]))
     for name in ("AP", "AP50", "AP75", "AR100"):
         assert metrics[name] == pytest.approx(1)
     assert list(metrics["per_class"].values()) == pytest.approx([1] * len(metrics["per_class"]))
 
 
 def test_no_detections_score_zero(truth):
-    metrics = coco_metrics(truth, [])  # pycocotools' loadRes([]) raises IndexError
+    metrics = coco_metrics(truth, np.zeros((0, 7)))  # pycocotools' loadRes([]) raises IndexError
     areas = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
     for name in METRICS:
         low, high = areas.get(name[-1], (0, 1e10))
@@ -97,30 +89,41 @@ def test_no_detections_score_zero(truth):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_are_pycocotools_own(truth, seed):
-    results = perturbed(truth, seed)
-    metrics = coco_metrics(truth, results)
+    detections = perturbed(truth, seed)
+    metrics = coco_metrics(truth, detections)
     assert list(metrics) == [*METRICS, "per_class"]
-    ours = [metrics[name] for name in METRICS]
     assert 0.05 < metrics["AP"] < 0.9  # neither extreme would tell much
-    np.testing.assert_allclose(ours, pycocotools_figures(truth, results), atol=1e-12)
+    assert [metrics[name] for name in METRICS] == pycocotools_figures(truth, detections).tolist()
 
 
 def test_per_class_ap_is_that_of_each_class_alone(truth):
-    results = perturbed(truth, 7)
-    per_class = coco_metrics(truth, results)["per_class"]
+    detections = perturbed(truth, 7)
+    per_class = coco_metrics(truth, detections)["per_class"]
     for category, entry in truth.cats.items():
-        alone = pycocotools_figures(truth, results, [category])[0]
+        alone = pycocotools_figures(truth, detections, [category])[0]
         if alone > -1:
             assert per_class.pop(entry["name"]) == pytest.approx(alone, abs=1e-12)
     assert not per_class  # a class without an object has no AP
-    json.dumps(coco_metrics(truth, results))  # plain numbers
+    json.dumps(coco_metrics(truth, detections))  # plain numbers
 
 
 def test_metrics_do_not_change_what_they_are_given(truth):
-    results = perturbed(truth, 1)
-    copies = json.dumps(results), json.dumps(truth.dataset)
-    first, second = coco_metrics(truth, results), coco_metrics(truth, results)
-    assert first == second and copies == (json.dumps(results), json.dumps(truth.dataset))
+    detections = perturbed(truth, 1)
+    copies = detections.copy(), json.dumps(truth.dataset)
+    first, second = coco_metrics(truth, detections), coco_metrics(truth, detections)
+    assert first == second and copies[1] == json.dumps(truth.dataset)
+    np.testing.assert_array_equal(detections, copies[0])
+
+
+def test_categories_are_dealt_by_their_detections():
+    counts = {1: 0, 2: 500, 3: 1, 4: 90, 5: 100, 6: 0, 7: 10}
+    detections = np.zeros((sum(counts.values()), 7))
+    detections[:, 6] = np.repeat(list(counts), list(counts.values()))
+    for shares in range(1, 10):  # also more than there are categories
+        dealt = deal(counts, detections, shares)
+        assert len(dealt) == shares and sorted(sum(dealt, [])) == sorted(counts)
+    assert deal(counts, detections, 3) == [[2], [5, 3, 6], [4, 7, 1]]
+    assert [len(share) for share in deal(counts, detections[:0], 3)] == [3, 2, 2]  # nothing was found
 
 
 def test_results_are_in_cocos_format():

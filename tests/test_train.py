@@ -189,7 +189,7 @@ def spied_main(rank, world_size, port, options, maps, file):
     def evaluate(detector, loader, truth, nms_threshold):
         seen[-1]["val_ids"] = [image_id for batch in loader for image_id in batch[1].tolist()]
         seen[-1]["nms_threshold"] = nms_threshold
-        return (dict.fromkeys(METRICS, next(results)), None) if rank == 0 else None
+        return dict.fromkeys(METRICS, next(results)), None
 
     train.train_one_epoch, train.Detector, train.evaluate = train_one_epoch, detector, evaluate
     train.write_images = lambda *_: None

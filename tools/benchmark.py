@@ -43,7 +43,7 @@ from src.boxes import Encoder, make_default_boxes, to_corners
 from src.checkpoint import save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
-from src.engine import coco_metrics, coco_results, evaluate, train_one_epoch
+from src.engine import coco_metrics, evaluate, train_one_epoch
 from src.images import read_image
 from src.loss import MultiBoxLoss
 from src.model import build_model
@@ -338,7 +338,7 @@ def validation(args, device, folder, name):
                 box = x1 * image.width, y1 * image.height, x2 * image.width, y2 * image.height
                 box = box[0], box[1], box[2] - box[0], box[3] - box[1]
                 rows.append([data.image_ids[index], *box, score, ids[int(label) - 1]])
-        coco_metrics(truth, coco_results(np.array(rows).reshape(-1, 7)))
+        coco_metrics(truth, np.array(rows).reshape(-1, 7))
 
     def ours():
         detector = Detector(network, name, names, ids, device, args.amp)
