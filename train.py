@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -108,7 +107,7 @@ def main():
     # Model
     network = start_network(args, stopped, classes)
     network = network.to(device, memory_format=torch.channels_last)
-    model = DistributedDataParallel(network) if world_size > 1 else network
+    model = distributed.parallel(network)
     criterion = MultiBoxLoss()
     sgd = args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor
     optimizer = make_optimizer(network, *sgd, stopped)

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from src.usage import UserError
 
@@ -104,8 +105,19 @@ def gather(value):
     return values
 
 
+def parallel(network):
+    """The network to call in training: with several processes inside DDP, all with rank 0's weights and buffers."""
+    if world_size() == 1:
+        return network
+    model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    # Training does not read the running statistics of batch norm: no need to send rank 0's before
+    # each step. Not an option above, as that is deprecated and would not send them at the start.
+    model.broadcast_buffers = False
+    return model
+
+
 def share_buffers(network):
-    """Give every process rank 0's buffers: DDP does so only before a step, not after the last."""
+    """Give every process rank 0's buffers, which are the saved ones: in training each keeps its own."""
     if dist.is_initialized():
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)

@@ -7,7 +7,6 @@ import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from runs import free_port, join
-from torch.nn.parallel import DistributedDataParallel
 
 from src import distributed
 from src.boxes import Encoder, make_default_boxes
@@ -57,7 +56,7 @@ def in_processes(world_size, tmp_path_factory, *jobs):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes answer; started once, as this takes seconds."""
-    return in_processes(2, tmp_path_factory, use_everything, gradients, evaluate_share, judge_shares)
+    return in_processes(2, tmp_path_factory, use_everything, gradients, traffic, evaluate_share, judge_shares)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def gradients():
     torch.manual_seed(0)
     network = build_model("ssdlite", 4, pretrained_backbone=False).eval().double()
     world_size = distributed.world_size()
-    model = DistributedDataParallel(network) if world_size > 1 else network
+    model = distributed.parallel(network)
     images, loc_targets, cls_targets = (part[distributed.rank() :: world_size] for part in eight_samples())
     losses = MultiBoxLoss()(*model(images.double()), loc_targets, cls_targets)
     sum(losses).backward()
@@ -134,6 +133,29 @@ def test_two_processes_have_the_gradient_of_one_with_the_double_batch(two):
             scale = gradient.abs().max().clamp(min=1)
             torch.testing.assert_close(grads[name] / scale, gradient / scale, atol=1e-5, rtol=0, msg=name)
     assert max(gradient.abs().max() for gradient in alone.values()) > 0.1
+
+
+def traffic():
+    """Collectives of a training step, and what the processes then have in common."""
+    torch.manual_seed(distributed.rank())
+    layers = torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4)
+    model = distributed.parallel(torch.nn.Sequential(*layers)).train()
+    at_start = [values.clone() for values in model.module.state_dict().values()]
+    for _ in range(3):  # DDP arranges its buckets in the first two
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
+    mean = model.module[1].running_mean.clone()
+    distributed.share_buffers(model.module)
+    return at_start, names, [p.grad for p in model.parameters()], mean, model.module[1].running_mean
+
+
+def test_a_step_sends_gradients_alone_and_buffers_are_shared_when_asked_for(two):
+    (start, names, grads, mean, shared), other = two["traffic"]
+    assert names == other[1] == ["gloo:all_reduce"]
+    assert all(map(torch.equal, start, other[0])) and all(map(torch.equal, grads, other[2]))
+    assert not torch.equal(mean, other[3])  # of its own images
+    assert torch.equal(shared, mean) and torch.equal(other[4], mean)  # rank 0's
 
 
 # Evaluation
