@@ -72,6 +72,7 @@ def parse_args():
     return parser.parse_args()
 
 
+@distributed.naming_the_lost()
 def main():
     """Seed, data, model, resume, then train and evaluate epoch by epoch."""
     args = parse_args()
@@ -147,9 +148,12 @@ def main():
             save_run(latest, *everything, by=rank)
             raise
         save_run(latest, *everything)
+        # Evaluation may take longer than the half minute that torchrun or a cluster leaves a process.
+        stopping.stop_at_once(latest, received)
         distributed.share_buffers(network)
         detector = Detector(network, args.model, classes, category_ids, device, args.amp)
         metrics, _ = evaluate(detector, val_loader, truth, args.nms_threshold)
+        received = stopping.stop_on_signals()
         if rank == 0:
             say(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
             write_images(log, detector, val_set, (epoch + 1) * iterations)

@@ -1,6 +1,9 @@
 """Rank, world size, set-up and gathering: the little that train.py needs to know of processes."""
 
+import contextlib
 import os
+import re
+import time
 from collections import Counter
 from datetime import timedelta
 
@@ -50,6 +53,30 @@ def open_store(timeout):
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, world_size
 
 
+@contextlib.contextmanager
+def naming_the_lost():
+    """End a run whose processes wait for others in vain with a UserError that says for which ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (dist.is_initialized() and re.search("gloo|monitoredBarrier", str(error))):
+            raise
+        try:
+            store, rank, world_size = open_store(timedelta(seconds=20))
+            store.set(f"alive/{rank}", "")
+            time.sleep(5)  # the others notice it, too
+            lost = [str(other) for other in range(world_size) if not store.check([f"alive/{other}"])]
+        except RuntimeError:  # the store is on rank 0's machine
+            lost = ["0"]
+        if not lost:
+            raise
+        reason = str(error).split(". ")[0]
+        raise UserError(
+            f"no answer from rank {', '.join(lost)} ({reason}): see its own message, or look at its machine;"
+            " the same command resumes from the last checkpoint"
+        ) from error
+
+
 def tear_down():
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -85,6 +112,15 @@ def devices(device):
         name = torch.cuda.get_device_name(device)
     counts = Counter(gather(name))
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+def meet():
+    """Wait for all processes, half of TIMEOUT at most: the error names those who do not come.
+
+    Before waiting for a GPU: NCCL aborts a process after TIMEOUT, and does not know for whom it waited.
+    """
+    if dist.is_initialized():
+        dist.group.WORLD.monitored_barrier(TIMEOUT / 2, wait_all_ranks=True)
 
 
 def total(values):

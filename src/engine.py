@@ -85,6 +85,7 @@ def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_it
         figures = None
         recent.append((torch.stack([loc_loss, cls_loss]).detach(), ids))
         if (iteration + 1) % LOG_EVERY == 0 or iteration == last:
+            distributed.meet()
             losses = torch.stack([losses for losses, _ in recent]).tolist()  # waits for the device
             means = mean_figures(losses)  # of all processes, so that all stop at what is not finite
             if not math.isfinite(means["Loss"]):

@@ -68,9 +68,29 @@ def told_to_stop(received):
 
 def leave(file, received):
     """End a run that was saved to `file`, with the status of a process that a signal has stopped."""
-    say(f"stopped; saved {file}, the same command resumes from there")
+    say(saved_to(file).rstrip())
     distributed.tear_down()
     sys.exit(128 + (received or [signal.SIGTERM])[0])
+
+
+def stop_at_once(file, received):
+    """From now on a signal ends this process at once, as does one already received: all is saved in `file`."""
+
+    def stop(number, frame=None):
+        if distributed.rank() == 0:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(1, saved_to(file).encode())
+        kill_workers()
+        os._exit(128 + number)  # Python's exit would wait for the other processes
+
+    usage.handle_signals(stop)
+    if received:
+        stop(received[0])
+
+
+def saved_to(file):
+    """What a stopped run says last."""
+    return f"stopped; saved {file}, the same command resumes from there\n"
 
 
 def start_worker(worker):

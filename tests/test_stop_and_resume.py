@@ -2,7 +2,7 @@
 
     ROUNDS=50 python -m pytest tests/test_stop_and_resume.py
 
-stops it 50 times; without ROUNDS a few times.
+stops it 50 times, as often kills one of two processes; without ROUNDS a few times.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ from runs import ENV, ROOT, TORCHRUN, same, scalars
 from demo.shapes import make_dataset
 
 ROUNDS = int(os.environ.get("ROUNDS", 3))
+KILL_ROUNDS = int(os.environ.get("ROUNDS", 1))
 ENDED_WELL = {0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL}
 
 
-def start(data, folder, processes, workers):
+def start(data, folder, processes, workers, *torchrun_options):
     """Start (or go on with) the run that `folder` holds, in a process group of its own."""
-    command = [*(TORCHRUN if processes == 2 else []), "train.py", "--data-path", data]
+    command = [*([*TORCHRUN, *torchrun_options] if processes == 2 else []), "train.py", "--data-path", data]
     command += ["--model", "ssdlite", "--no-pretrained-backbone", "--batch-size", 4 // processes]
     command += ["--epochs", 2, "--save-every", 1, "--num-workers", workers, "--lr", 0.01]
     command += ["--save-folder", folder, "--log-path", folder / "log"]
@@ -57,6 +58,16 @@ def end_of(folder):
     return torch.load(folder / "ssdlite.pth", weights_only=True), steps
 
 
+def assert_same_end(folder, whole):
+    """The run in `folder` ended like that in `whole`, to the last bit and with the same steps logged."""
+    (found, steps), (expected, expected_steps) = end_of(folder), end_of(whole)
+    for end in (found, expected):  # the rate of the last step that this very process took:
+        end["optimizer"] = end["optimizer"]["state"]  # derived anew for each step, not read
+    for key in ("model_state_dict", "optimizer", "epoch", "samples_seen", "best_map"):
+        assert same(found[key], expected[key]), (key, folder)
+    assert steps == expected_steps
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processes):
     rng = random.Random(processes)
@@ -66,7 +77,6 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processe
     begun = time.monotonic()
     assert start(tmp_path / "data", whole, processes, workers=0).wait(300) == 0
     duration = time.monotonic() - begun
-    _, expected_steps = end_of(whole)
     stops, journey, resumed = 0, 0, 0
     while stops < ROUNDS:
         journey += 1
@@ -96,13 +106,58 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processe
                 assert status in ENDED_WELL and "Traceback" not in said, said
             if status == 0:
                 break
-        (found, steps), (expected, _) = end_of(folder), end_of(whole)
         resumed += len(re.findall(r"resuming from .*: (?:1|0 epochs, [1-9])", said))
-        for end in (found, expected):  # the rate of the last step that this very process took:
-            end["optimizer"] = end["optimizer"]["state"]  # derived anew for each step, not read
-        for key in ("model_state_dict", "optimizer", "epoch", "samples_seen", "best_map"):
-            assert same(found[key], expected[key]), (key, journey)
-        assert steps == expected_steps
+        assert_same_end(folder, whole)
     assert resumed > 0  # training anew each time would end the same
     print(f"{processes} process(es): {stops} stops, {resumed} of them in mid-training,")
     print(f"in {journey} runs, each equal to one never stopped, bit for bit")
+
+
+def ranks_of(process):
+    """Process ids of the training processes of a torchrun, in the order of their ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_torchrun_restarts_a_run_whose_process_is_killed(tmp_path):
+    rng = random.Random(7)
+    make_dataset(tmp_path / "data", train=12, val=3, seed=2)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert start(tmp_path / "data", whole, 2, workers=0).wait(300) == 0
+    for number in range(KILL_ROUNDS):
+        folder = tmp_path / f"round{number}"
+        folder.mkdir()
+        process = start(tmp_path / "data", folder, 2, rng.choice([0, 1, 2]), "--max-restarts=3")
+        while not (folder / "ssdlite.pth").exists():
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 4))
+        killed = rng.choice(ranks_of(process) or [None])
+        if killed:
+            os.kill(killed, signal.SIGKILL)
+        assert process.wait(120) == 0, (folder / "output.txt").read_text()
+        said = (folder / "output.txt").read_text()
+        print(f"round {number}: killed {killed}, resumed {re.findall('resuming from .*: (.*)', said)}")
+        assert "resuming from" in said or not killed
+        assert_same_end(folder, whole)
+
+
+def test_stopped_in_evaluation_it_ends_at_once_and_evaluates_again(tmp_path):
+    make_dataset(tmp_path / "data", train=12, val=60, seed=2)
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    for one in (folder, whole):
+        one.mkdir()
+    process = start(tmp_path / "data", folder, 2, 1)
+    output = folder / "output.txt"
+    while "evaluate:" not in output.read_text():
+        time.sleep(0.05)
+    process.terminate()
+    process.wait(60)
+    said = output.read_text()
+    assert f"stopped; saved {folder}/ssdlite.pth" in said and "error: " not in said and "AP50" not in said
+    state = torch.load(folder / "ssdlite.pth", weights_only=True)
+    assert (state["epoch"], state["samples_seen"]) == (0, 12)
+    assert start(tmp_path / "data", folder, 2, 1).wait(120) == 0
+    assert output.read_text().count("AP50") == 2  # both epochs, the first by the second run
+    assert start(tmp_path / "data", whole, 2, 1).wait(120) == 0
+    assert_same_end(folder, whole)
