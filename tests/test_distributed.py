@@ -1,5 +1,9 @@
 """src.distributed in real gloo processes, and what DistributedDataParallel makes of a batch."""
 
+import os
+import time
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ from src.detector import Detector
 from src.engine import METRICS, coco_metrics, coco_results, evaluate, run_coco_eval
 from src.loss import MultiBoxLoss
 from src.model import build_model
+from src.usage import UserError
 
 
 def shared_buffer(value):
@@ -94,6 +99,46 @@ def test_two_processes_total_gather_and_buffers(two):
 
 def test_three_processes_total_gather_and_buffers(three):
     check_answers(three["use_everything"], [111, 0.3, -3e-9])
+
+
+# A process that does not come
+
+
+def wait_in_vain(rank, port, how, folder):
+    """Process 0 waits for process 1, which has gone or does not come; note what it says, and after how long."""
+    join(rank, 2, port)
+    distributed.TIMEOUT = timedelta(seconds=16)
+    distributed.set_up()
+    if rank == 1:
+        time.sleep(0 if how == "gone" else 60)
+        os._exit(0)
+    begun = time.monotonic()
+    try:
+        with distributed.naming_the_lost():
+            distributed.meet() if how == "meet" else distributed.total([1.0])
+    except UserError as error:
+        (folder / how).write_text(f"{time.monotonic() - begun} {error}")
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("how, least, most", [("gone", 0, 40), ("meet", 8, 20), ("total", 16, 40)])
+def test_a_process_that_does_not_come_is_named_in_time(tmp_path, how, least, most):
+    processes = mp.spawn(wait_in_vain, (free_port(), how, tmp_path), nprocs=2, join=False).processes
+    processes[0].join(60)
+    for process in processes:
+        process.kill()
+    seconds, message = (tmp_path / how).read_text().split(" ", 1)
+    assert least <= float(seconds) < most and message.startswith("no answer from rank 1 ("), message
+
+
+def test_processes_wait_ten_minutes_at_most():
+    assert timedelta(minutes=1) < distributed.TIMEOUT <= timedelta(minutes=10)
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(RuntimeError, match="^CUDA out of memory$"), distributed.naming_the_lost():
+        raise RuntimeError("CUDA out of memory")
 
 
 # Two processes with 4 pictures each compute what one computes with 8

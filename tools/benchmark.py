@@ -38,12 +38,12 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_tensor
 
 from demo import shapes
-from src.annotations import annotation_file, ground_truth
+from src.annotations import annotation_file, as_coco, ground_truth
 from src.boxes import Encoder, make_default_boxes, to_corners
 from src.checkpoint import save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
-from src.engine import coco_metrics, evaluate, train_one_epoch
+from src.engine import coco_metrics, coco_results, deal, evaluate, judge, train_one_epoch
 from src.images import read_image
 from src.loss import MultiBoxLoss
 from src.model import build_model
@@ -61,7 +61,7 @@ def parse_args():
     parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings a stage")
     parser.add_argument("--amp", action="store_true", help="ours in half precision; plain is not")
     parser.add_argument("--pictures", type=positive, default=50, help="of the validation stage")
-    parser.add_argument("--coco-size", action="store_true", help="also open as much as COCO has")
+    parser.add_argument("--coco-size", action="store_true", help="also open and judge as much as COCO has")
     return parser.parse_args()
 
 
@@ -461,6 +461,32 @@ def coco_size(folder):
     print(f"keeps {kept:.0f} MB, eight workers add {added:.0f} MB")
 
 
+def judging():
+    """pycocotools on as many boxes and detections as val2017 has: alone, and the slowest of eight shares."""
+    rng, categories = np.random.default_rng(0), list(range(1, 81))
+
+    def boxes(count):
+        """(count, 7) like detections, of classes of unequal numbers."""
+        images, scores = rng.integers(0, 5000, (count, 1)), rng.beta(1, 8, (count, 1))
+        corners, sizes = rng.uniform(0, 300, (count, 2)), np.exp(rng.normal(4, 0.9, (count, 2)))
+        classes = rng.choice(categories, (count, 1), p=1 / np.arange(1, 81) / (1 / np.arange(1, 81)).sum())
+        return np.concatenate([images, corners, sizes, scores, classes], axis=1)
+
+    objects = boxes(36_781)
+    found = objects + rng.normal(0, 0.07, objects.shape) * objects[:, 3:4] * [0, 1, 1, 0, 0, 0, 0]
+    detections = np.concatenate([found, boxes(500_000 - len(found))])
+    annotations = [
+        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for number, result in enumerate(coco_results(objects), start=1)
+    ]
+    images, names = [{"id": i} for i in range(5000)], [{"id": i, "name": str(i)} for i in categories]
+    truth = as_coco({"images": images, "categories": names, "annotations": annotations})
+    shares = [seconds(partial(judge, truth, detections, share)) for share in deal(categories, detections, 8)]
+    alone, slowest = seconds(partial(judge, truth, detections, categories)), max(shares)
+    print(f"\nval2017: pycocotools alone {alone:.1f} s, the slowest of eight shares {slowest:.1f} s", end="")
+    print(f", ratio {alone / slowest:.1f}", flush=True)
+
+
 def main():
     """Print the table."""
     args = parse_args()
@@ -486,6 +512,7 @@ def main():
         deployment(args, Path(folder))
         if args.coco_size:
             coco_size(Path(folder) / "coco")
+            judging()
 
 
 if __name__ == "__main__":

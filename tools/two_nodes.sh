@@ -13,6 +13,7 @@ set -u
 python=$(command -v "${1:-python}") || { echo "error: ${1:-python}: no such Python; give its path" >&2; exit 2; }
 [ "$(id -u)" = 0 ] || { echo "error: network namespaces need root: use sudo" >&2; exit 2; }
 cd "$(dirname "$0")/.." || exit 2
+! ip netns list | grep -q ssd-node || { echo "error: ssd-node0 exists: wait for the other two_nodes.sh" >&2; exit 2; }
 work=$(mktemp -d)
 nodes="ssd-node0 ssd-node1"
 
