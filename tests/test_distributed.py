@@ -104,10 +104,11 @@ def test_three_processes_total_gather_and_buffers(three):
 # A process that does not come
 
 
-def wait_in_vain(rank, port, how, folder):
+def wait_in_vain(rank, port, imported, how, folder):
     """Process 0 waits for process 1, which has gone or does not come; note what it says, and after how long."""
     join(rank, 2, port)
     distributed.TIMEOUT = timedelta(seconds=16)
+    imported.wait()  # so that they meet in time on a busy machine
     distributed.set_up()
     if rank == 1:
         time.sleep(0 if how == "gone" else 60)
@@ -124,8 +125,9 @@ def wait_in_vain(rank, port, how, folder):
 
 @pytest.mark.parametrize("how, least, most", [("gone", 0, 40), ("meet", 8, 20), ("total", 16, 40)])
 def test_a_process_that_does_not_come_is_named_in_time(tmp_path, how, least, most):
-    processes = mp.spawn(wait_in_vain, (free_port(), how, tmp_path), nprocs=2, join=False).processes
-    processes[0].join(60)
+    given = free_port(), mp.get_context("spawn").Barrier(2), how, tmp_path
+    processes = mp.spawn(wait_in_vain, given, nprocs=2, join=False).processes
+    processes[0].join(120)
     for process in processes:
         process.kill()
     seconds, message = (tmp_path / how).read_text().split(" ", 1)
@@ -134,6 +136,17 @@ def test_a_process_that_does_not_come_is_named_in_time(tmp_path, how, least, mos
 
 def test_processes_wait_ten_minutes_at_most():
     assert timedelta(minutes=1) < distributed.TIMEOUT <= timedelta(minutes=10)
+
+
+def test_restarted_processes_do_not_see_the_addresses_of_the_dead(monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    first, rank, world_size = distributed.open_store(timedelta(seconds=20))
+    first.set("address", "of a dead process")
+    again, *_ = distributed.open_store(timedelta(seconds=20))  # the same attempt
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as torchrun tells the second
+    restarted, *_ = distributed.open_store(timedelta(seconds=20))
+    assert again.check(["address"]) and not restarted.check(["address"]) and (rank, world_size) == (0, 1)
 
 
 def test_other_errors_pass_as_they_are():
