@@ -31,9 +31,9 @@ def free_port():
 
 
 def join(rank, world_size, port):
-    """What torchrun does for a process without a GPU: its environment."""
+    """What torchrun does for a process: its environment."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def frames_of(path):

@@ -80,6 +80,7 @@ def test_weights_decay_but_biases_and_batch_norm_do_not(name):
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
     assert not any(group["nesterov"] for group in optimizer.param_groups)
+    assert all((optimizer.state[p]["momentum_buffer"] == 0).all() for p in network.parameters())
     for module in network.modules():
         for kind, p in module.named_parameters(recurse=False):
             decay = isinstance(module, nn.Conv2d) and kind == "weight"

@@ -6,6 +6,9 @@
 "Plain" is float32, contiguous, batch norm on its own, Pillow and torchvision's transforms, IoU with
 all default boxes at once, NMS in Python loops over classes and boxes, mining with two sorts. The
 share of the limit is that of the machine's own matrix products.
+
+On a GPU the first rows compare memory layouts: where NCHW (contiguous) is much faster than NHWC
+(channels_last, which all scripts use), cuDNN lacks a good kernel for that GPU and precision.
 """
 
 from src import usage
@@ -17,6 +20,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -43,13 +47,14 @@ from src.boxes import Encoder, make_default_boxes, to_corners
 from src.checkpoint import save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
-from src.engine import coco_metrics, coco_results, deal, evaluate, judge, train_one_epoch
+from src.engine import coco_metrics, coco_results, deal, evaluate, judge, make_optimizer, train_one_epoch
 from src.images import read_image
 from src.loss import MultiBoxLoss
 from src.model import build_model
-from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, sample_patch
+from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, normalize, resize, sample_patch
 
 CLASSES = 81  # COCO's 80 and background
+NAMES, IDS = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
 PLAIN_PIXELS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 PLAIN_COLOURS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
 
@@ -155,6 +160,11 @@ def seconds(action):
     return time.perf_counter() - start
 
 
+def header(stage, plain, ours):
+    """Print what the columns of `compare` are."""
+    print(f"\n{stage:42} {plain:>9} {ours:>9} {'images/s':>9} {'ratio':>8} of limit")
+
+
 def compare(stage, images, plain, ours, repeats, limit=None):
     """Print a row: medians of alternating calls, so that both meet the same machine."""
     plain(), ours()
@@ -194,16 +204,39 @@ def scores_like(objects):
     return loc, logits
 
 
-def network_of(name, device):
-    """Random weights whose scores are like trained ones: mostly background, some 200 detections."""
-    torch.manual_seed(0)
-    network = build_model(name, CLASSES, pretrained_backbone=False).to(device).eval()
-    heads = [head if hasattr(head, "bias") else head[-1] for head in network.conf]
+def drawn_images(count):
+    """Images (480, 640, 3) uint8 RGB of drawn shapes."""
+    scenes = (shapes.draw_scene(np.random.default_rng(n))[0] for n in range(count))
+    return [np.array(Image.fromarray(scene).resize((640, 480))) for scene in scenes]
+
+
+def look_trained(network, classify, backgrounds):
+    """Make random weights score like trained ones: mostly background, some 200 candidates per image.
+
+    classify() gives the network's cls_logits (B, D, CLASSES) of some images; backgrounds are the
+    heads' biases of class 0.
+    """
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # take over the next batch's statistics: untrained ones let next to nothing through
     with torch.no_grad():
-        scatter = network(torch.randn(1, 3, 300, 300, device=device))[1].std()
-        for head in heads:
-            head.weight /= scatter
-            head.bias.view(CLASSES, -1)[0] += 9.5
+        network.train()
+        classify()
+        network.eval()
+        logits = classify()
+        lead = (logits[..., 1:] - logits[..., :1]).flatten()
+        last = lead.topk(200 * len(logits)).values[-1]
+        for bias in backgrounds:
+            bias += last - math.log(0.01)  # now its score is the threshold, 0.01
+
+
+def network_of(name, device):
+    """A network of random weights that scores drawn images like a trained one, in eval mode."""
+    torch.manual_seed(0)
+    network = build_model(name, CLASSES, pretrained_backbone=False).to(device)
+    images = normalize(torch.from_numpy(np.stack([resize(image, 300) for image in drawn_images(8)])).to(device))
+    heads = [head if hasattr(head, "bias") else head[-1] for head in network.conf]
+    look_trained(network, lambda: network(images)[1], [head.bias.view(CLASSES, -1)[0] for head in heads])
     return network
 
 
@@ -213,12 +246,10 @@ def network_of(name, device):
 def inference(args, device, limit, name, batch):
     """A forward pass, and the whole call from pixels to detections."""
     network, default_boxes = network_of(name, device), make_default_boxes(name)
-    names, ids = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
-    detector = Detector(network, name, names, ids, device, args.amp)
+    detector = Detector(network, name, NAMES, IDS, device, args.amp)
     images = torch.randn(batch, 3, 300, 300, device=device)
     fast = images.to(detector.dtype, memory_format=torch.channels_last)
-    rng = np.random.default_rng(0)
-    pixels = [rng.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(batch)]
+    pixels = drawn_images(batch)
 
     def plain():
         resized = [Image.fromarray(p).resize((300, 300), Image.Resampling.BILINEAR) for p in pixels]
@@ -234,7 +265,9 @@ def inference(args, device, limit, name, batch):
             args.repeats,
             operations(network, images) / limit,
         )
-        compare(f"{name} pixels to detections, batch {batch}", batch, plain, lambda: detector(pixels), args.repeats)
+        found = sum(len(one["scores"]) for one in detector(pixels))
+        stage = f"{name} batch {batch}, pixels to {found} detections"
+        compare(stage, batch, plain, lambda: detector(pixels), args.repeats)
 
 
 def decoding(args, stage, loc, cls_logits):
@@ -278,33 +311,60 @@ def sample(args, folder, width, height):
     torch.set_num_threads(threads)
 
 
+def batch_of(name, size=8):
+    """Pixels, targets and image ids of a training batch, one object an image."""
+    encoder = Encoder(make_default_boxes(name))
+    targets = encoder.encode(torch.tensor([[0.2, 0.2, 0.7, 0.8]]), torch.tensor([3]))
+    pixels = torch.randint(0, 256, (size, 300, 300, 3), dtype=torch.uint8)
+    return pixels, *(t.expand(size, *t.shape) for t in targets), torch.arange(size)
+
+
+def training_step(args, device, name, layout=torch.channels_last):
+    """A function that takes a step on a batch of 8 as train.py does, all in one memory layout."""
+    network = network_of(name, device).to(memory_format=layout)
+    network.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous(memory_format=layout))
+    optimizer = make_optimizer(network, 1e-4)
+    scaler = torch.amp.GradScaler(device, enabled=args.amp and device == "cuda")
+    loader, criterion = [batch_of(name)], MultiBoxLoss()
+
+    def step():
+        epoch = train_one_epoch(network, loader, criterion, optimizer, scaler, 0, 0, lambda *_: 1e-4, args.amp)
+        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # as train.py has it
+        with cudnn, contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            list(epoch)
+
+    return step
+
+
+def layouts(args, device, name):
+    """A forward pass and a training step with a batch of 8, contiguous against channels_last."""
+    # cuDNN has been 35 times slower at float32 depthwise convolutions in channels_last.
+    both = torch.contiguous_format, torch.channels_last
+    detector = Detector(network_of(name, device), name, NAMES, IDS, device, args.amp)
+    models = [copy.deepcopy(detector.model).to(memory_format=layout) for layout in both]
+    images = torch.randn(8, 3, 300, 300, device=device, dtype=detector.dtype)
+    images = [images.contiguous(memory_format=layout) for layout in both]
+    with torch.inference_mode():
+        compare(f"{name} forward, batch 8", 8, *map(partial, models, images), args.repeats)
+    steps = [training_step(args, device, name, layout) for layout in both]
+    compare(f"{name} training step, batch 8", 8, *steps, args.repeats)
+
+
 def training(args, device, name):
     """A step with a batch of 8, and the loss alone."""
-    network = network_of(name, device).train()
-    fast = copy.deepcopy(network).to(memory_format=torch.channels_last)
-    encoder, criterion = Encoder(make_default_boxes(name)), MultiBoxLoss()
-    targets = encoder.encode(torch.tensor([[0.2, 0.2, 0.7, 0.8]]), torch.tensor([3]))
-    targets = [t.expand(8, *t.shape).to(device) for t in targets]
-    pixels = torch.randint(0, 256, (8, 300, 300, 3), dtype=torch.uint8)
-    batch = (pixels, *targets, torch.arange(8))
+    network, criterion = network_of(name, device).train(), MultiBoxLoss()
+    targets = [t.to(device) for t in batch_of(name)[1:3]]
     images = torch.randn(8, 3, 300, 300, device=device)
-    sgd = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4}
-    slow_sgd = torch.optim.SGD(network.parameters(), foreach=False, **sgd)
-    fast_sgd = torch.optim.SGD(fast.parameters(), fused=True, **sgd)
-    scaler = torch.amp.GradScaler(device, enabled=args.amp and device == "cuda")
+    sgd = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4, foreach=False)
 
     def plain():
         loss = plain_loss(*network(images), *targets)
-        slow_sgd.zero_grad()
+        sgd.zero_grad()
         loss.backward()
-        slow_sgd.step()
+        sgd.step()
         loss.item()
 
-    def ours():
-        epoch = train_one_epoch(fast, [batch], criterion, fast_sgd, scaler, 0, 0, lambda *_: 1e-4, args.amp)
-        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-            list(epoch)
-
+    ours = training_step(args, device, name)
     compare(f"{name} training step, batch 8", 8, plain, ours, min(args.repeats, 5))
     outputs = [torch.randn(*targets[1].shape, n, device=device) for n in (4, CLASSES)]
     compare(
@@ -351,23 +411,24 @@ def validation(args, device, folder, name):
 def torchvision_peer():
     """torchvision's SSDlite at 320 x 320, random weights, scores like trained ones."""
     torch.manual_seed(0)
-    peer = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES).eval()
-    with torch.no_grad():
-        maps = list(peer.backbone(torch.randn(1, 3, 320, 320)).values())
-        scatter = peer.head(maps)["cls_logits"].std()
-        for head in peer.head.classification_head.module_list:
-            head[1].weight /= scatter
-            head[1].bias.view(-1, CLASSES)[:, 0] += 9.5
+    peer = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
+    images = peer.transform([to_tensor(image) for image in drawn_images(8)])[0].tensors
+    heads = [head[1] for head in peer.head.classification_head.module_list]
+    look_trained(
+        peer,
+        lambda: peer.head(list(peer.backbone(images).values()))["cls_logits"],
+        [head.bias.view(-1, CLASSES)[:, 0] for head in heads],
+    )
     return peer
 
 
-def export_onnx(network, names, folder):
+def export_onnx(network, folder):
     """Write a network's ONNX file with export.py; return its path."""
     checkpoint, file = folder / "ssdlite.pth", folder / "ssdlite.onnx"
     state = {"model": "ssdlite", "model_state_dict": network.state_dict()}
-    save_checkpoint(checkpoint, state | {"classes": names, "category_ids": list(range(1, CLASSES))})
+    save_checkpoint(checkpoint, state | {"classes": NAMES, "category_ids": IDS})
     command = [sys.executable, "export.py", "--pretrained-model", checkpoint, "--output", file]
-    subprocess.run(command, cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, stdout=subprocess.DEVNULL)
     return file
 
 
@@ -379,13 +440,13 @@ def deployment(args, folder):
         print("\nONNX Runtime is missing, not timed: pip install -r requirements-export.txt")
         return
     network, peer = network_of("ssdlite", "cpu"), torchvision_peer()
-    names, ids = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
-    detector = Detector(network, "ssdlite", names, ids, "cpu")
-    half = Detector(network, "ssdlite", names, ids, "cpu", amp=True)
-    file = export_onnx(network, names, folder)
-    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    detector = Detector(network, "ssdlite", NAMES, IDS, "cpu")
+    half = Detector(network, "ssdlite", NAMES, IDS, "cpu", amp=True)
+    file = export_onnx(network, folder)
+    (pixels,) = drawn_images(1)
     inputs = {"image": pixels, "score_threshold": np.array(0.01, np.float32)}  # Detector's own
-    print(f"\n{'ssdlite, pixels to detections, batch 1':42} {'threads':>9} {'ms':>9} {'ratio':>9}")
+    found, theirs = (len(one["scores"]) for (one,) in (detector([pixels]), peer([to_tensor(pixels)])))
+    print(f"\n{f'ssdlite batch 1, pixels to {found} detections':42} {'threads':>9} {'ms':>9} {'ratio':>9}")
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -396,7 +457,7 @@ def deployment(args, folder):
             "Detector, float32": lambda: detector([pixels]),
             "Detector, --amp": lambda: half([pixels]),
             "Detector's ONNX file in ONNX Runtime": partial(session.run, None, inputs),
-            "torchvision's ssdlite320": lambda: peer([to_tensor(pixels)]),
+            f"torchvision's ssdlite320, to {theirs}": lambda: peer([to_tensor(pixels)]),
         }
         # Each is called twice and timed once: by then the threads of the one before are at rest.
         with torch.inference_mode():
@@ -499,8 +560,12 @@ def main():
     half = torch.get_autocast_dtype(device) if args.amp else torch.float32
     limit = peak(half, device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"matrix products: {limit / 1e9:.0f} GFLOP/s in {half}; times in ms\n")
-    print(f"{'stage':42} {'plain':>9} {'ours':>9} {'images/s':>9} {'ratio':>8} of limit")
+    print(f"matrix products: {limit / 1e9:.0f} GFLOP/s in {half}; times in ms")
+    if device == "cuda":
+        header(f"memory layouts, {half}", "NCHW", "NHWC")
+        for name in ("ssd", "ssdlite"):
+            layouts(args, device, name)
+    header("stage", "plain", "ours")
     with tempfile.TemporaryDirectory() as folder:
         for size in ((640, 480), (1632, 1224), (4000, 3000)):
             sample(args, Path(folder), *size)
