@@ -1,4 +1,4 @@
-"""COCO figures of a checkpoint on a data set in COCO layout, and images of what it finds.
+"""COCO metrics of a checkpoint on a data set in COCO layout, and images of what it finds.
 
 python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.pth
 """

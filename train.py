@@ -9,7 +9,7 @@ Stop it whenever you want (Ctrl-C): the same command resumes where it was.
 from src import usage
 
 if __name__ == "__main__":
-    usage.before_imports()
+    usage.before_imports()  # quiet on Ctrl-C, and OpenMP's threads sleep while they wait
 
 import argparse
 import atexit
@@ -39,7 +39,7 @@ def parse_args():
     """The command line."""
     parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
     natural, positive = usage.number(int, 0), usage.number(int, 1)
-    share, rate = usage.number(float, 0, 1), usage.number(float, 0)
+    fraction, rate = usage.number(float, 0, 1), usage.number(float, 0)
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="/coco", help="folder with annotations/ and the images' folders")
     add("--train-set", default="train2017", help="folder of the training images")
@@ -50,7 +50,7 @@ def parse_args():
     add("--model", choices=list(DEFAULT_BOXES), default="ssd", help="SSD-ResNet50 or SSDLite-MobileNetV2")
     add("--pretrained-model", help="checkpoint to fine-tune")
     add("--no-pretrained-backbone", action="store_true", help="start from random weights, without ImageNet's")
-    add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
+    add("--nms-threshold", type=fraction, default=0.5, help="IoU above which a weaker box is removed")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, default=65, help="passes over the training images")
     add("--batch-size", type=usage.number(int, 2), default=32, help="images per process and step")
@@ -60,7 +60,7 @@ def parse_args():
     milestones = "epochs after which the learning rate is divided by 10"
     add("--multistep", type=positive, nargs="*", default=[43, 54], metavar="EPOCH", help=milestones)
     add("--warmup", type=natural, help="iterations (default: 300, but at most the first epoch)")
-    add("--momentum", type=share, default=0.9, help="of SGD")
+    add("--momentum", type=fraction, default=0.9, help="of SGD")
     add("--weight-decay", type=rate, default=5e-4, help="not on biases and batch norm")
     add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on a CPU")
     add("--seed", type=natural, default=123, help="of everything random")
@@ -101,7 +101,7 @@ def main():
     options = vars(args) | {"world_size": world_size}
     del options["local_rank"]
     stopped = find_stopped_run(latest, options)
-    look_over(train_set, val_set, check_files=not stopped)  # loading checks them, too, but later
+    look_over(train_set, val_set, check_files=not stopped)  # a resumed run finds broken files as it loads them
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     truth = ground_truth(val_set.annotation_file)
 
@@ -115,7 +115,11 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
     if stopped and stopped["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(stopped["scaler"])
-    progress = {"epoch": 0, "samples_seen": 0, "best_map": -1.0}  # finished; of the next one; so far
+    progress = {
+        "epoch": 0,  # epochs finished
+        "samples_seen": 0,  # images of the next one already trained on, by all processes
+        "best_map": -1.0,  # highest AP so far
+    }
     progress = {key: stopped[key] if stopped else start for key, start in progress.items()}
     progress |= {"model": args.model, "classes": classes, "category_ids": category_ids, "args": options}
     everything = progress, network, optimizer, scaler  # what a checkpoint holds
@@ -126,20 +130,21 @@ def main():
     received = stopping.stop_on_signals()
     for epoch in range(progress["epoch"], args.epochs):
         sampler.start(epoch, progress["samples_seen"])
+        # A generator: each turn of the loop below trains one step, so that it can save or stop in between.
         steps = train_one_epoch(
             model, train_loader, criterion, optimizer, scaler, epoch,
             progress["samples_seen"] // per_step, partial(learning_rate, args, iterations, world_size),
             args.amp,
         )  # fmt: skip
         try:
-            for iteration, figures in steps:
+            for iteration, report in steps:
                 progress["samples_seen"] += per_step
-                if figures:
-                    write(log, "Train", figures, epoch * iterations + iteration)
+                if report:
+                    write(log, "Train", report, epoch * iterations + iteration)
                 if args.save_every and (iteration + 1) % args.save_every == 0:
                     save_run(latest, *everything)
                 # CUDA is asynchronous; syncing every step would stall it, so agree only when logging.
-                agree = figures or world_size == 1 or device.type == "cpu"
+                agree = report or world_size == 1 or device.type == "cpu"
                 if agree and stopping.told_to_stop(received):
                     save_run(latest, *everything)
                     stopping.leave(latest, received)
@@ -212,10 +217,10 @@ def open_log(args, step, samples_seen):
     return SummaryWriter(Path(args.log_path) / args.model, purge_step=step + int(evaluated))
 
 
-def write(log, group, figures, step):
+def write(log, group, numbers, step):
     """Write {tag: number} to TensorBoard."""
     if log:
-        for tag, number in figures.items():
+        for tag, number in numbers.items():
             log.add_scalar(f"{group}/{tag}", number, step)
         log.flush()
 

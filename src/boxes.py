@@ -20,7 +20,7 @@ class DefaultBoxes:
     input_size: int  # pixels along each side of the image
     maps: tuple  # cells along each side of a feature map
     steps: tuple  # distance of neighbouring cells
-    sizes: tuple  # s_k of eq. 4, one more than maps: the last is for the sqrt(s_k s_k+1) box
+    sizes: tuple  # s_k of eq. 4, one more than maps: the last is for the sqrt(s_k * s_(k+1)) box
     ratios: tuple  # aspect ratios other than 1; each is for itself and its inverse
 
     @property
@@ -67,6 +67,7 @@ def make_default_boxes(name):
                     # The paper's text puts the centres at (i + 0.5) / |f_k|. Here, as in its code: at
                     # (i + 0.5) steps, which differs where a step does not divide the input size.
                     boxes.append(((column + 0.5) * step, (row + 0.5) * step, width, height))
+    # Clamps centre, width and height, not corners: published weights expect it.
     return (torch.tensor(boxes, dtype=torch.float64) / constants.input_size).clamp(0, 1).float()
 
 
@@ -95,8 +96,8 @@ def pairwise_iou(a, b):
 class Encoder:
     """Turns objects into training targets, and the network's output into detections.
 
-    default_boxes: (D, 4) float32 cxcywh. variances: what the offsets are divided by, (centre,
-    size). The paper's text has none; its code has 0.1 and 0.2, and so has everyone since.
+    default_boxes: (D, 4) float32 cxcywh. variances: divisors of the offsets, (centre, size). The
+    paper's text has none; its code has 0.1 and 0.2, as do most implementations.
     """
 
     def __init__(self, default_boxes, variances=(0.1, 0.2)):
@@ -118,17 +119,17 @@ class Encoder:
         if len(boxes) == 0:
             return loc_targets, cls_targets
         iou = pairwise_iou(boxes, self.corners)  # (G, D)
-        best_iou, matched = iou.max(dim=0)  # (D,): each default box's object
+        best_iou, owner = iou.max(dim=0)  # (D,): each default box's object
         for g, d in enumerate(iou.argmax(dim=1).tolist()):  # each object's default box
-            matched[d], best_iou[d] = g, 1.0
-        positive = (best_iou > 0.5).nonzero().squeeze(1)  # (P,)
-        matched = matched[positive]
+            owner[d], best_iou[d] = g, 1.0  # 1.0: matched whatever the IoU
+        matched = (best_iou > 0.5).nonzero().squeeze(1)  # (M,): which default boxes have an object
+        owner = owner[matched]
         # Eq. 2: offsets of the centre relative to the default box's size, and the logarithm of the ratio of sizes.
-        objects, defaults = to_centres(boxes[matched]), self.default_boxes[positive]
+        objects, defaults = to_centres(boxes[owner]), self.default_boxes[matched]
         offsets = (objects[:, :2] - defaults[:, :2]) / defaults[:, 2:] / self.variances[0]
         scales = (objects[:, 2:] / defaults[:, 2:]).log() / self.variances[1]
-        loc_targets[positive] = torch.cat([offsets, scales], dim=1)
-        cls_targets[positive] = labels[matched]
+        loc_targets[matched] = torch.cat([offsets, scales], dim=1)
+        cls_targets[matched] = labels[owner]
         return loc_targets, cls_targets
 
     def decode(self, loc, cls_logits, score_threshold=0.01, nms_threshold=0.5, max_detections=200):
@@ -151,9 +152,9 @@ class Encoder:
         kept = (logits[:, 1:].amax(1) - logits[:, 0] > log_threshold).nonzero().squeeze(1)  # (N,)
         # 2. Softmax, then only the classes that score above the threshold somewhere: few do.
         scores = logits[kept].softmax(dim=1)[:, 1:].T  # (C - 1, N)
-        present = (scores > score_threshold).any(dim=1).nonzero().squeeze(1)  # (P,)
+        present = (scores > score_threshold).any(dim=1).nonzero().squeeze(1)  # (K,): which classes
         # 3. The best candidates of each class, in descending order.
-        scores, order = scores[present].topk(min(max_detections, len(kept)), dim=1)  # (P, 200) both
+        scores, order = scores[present].topk(min(max_detections, len(kept)), dim=1)  # (K, 200 at most) both
         counts = (scores > score_threshold).sum(dim=1).tolist()
         boxes = self.apply_offsets(loc[kept], kept)  # (N, 4)
         # 4. NMS class by class.

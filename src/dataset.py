@@ -23,7 +23,7 @@ class CocoDataset(Dataset):
     `classes` are the names, index 0 "background"; label k is COCO category `category_ids[k - 1]`.
     """
 
-    @no_garbage_collection()
+    @no_garbage_collection()  # while millions of annotations are parsed
     def __init__(self, data_path, set_name, encoder=None, seed=0, zoom_out=False, size=300):
         self.folder = Path(data_path) / set_name
         self.annotation_file = annotation_file(data_path, set_name)
@@ -61,7 +61,7 @@ class CocoDataset(Dataset):
         if self.encoder is None:
             image = resize(self.read(key), self.size)
             return image, self.image_ids[key], self.sizes[key].astype(np.float32)
-        epoch, index = key
+        epoch, index = key  # the epoch is part of the key because workers outlive it
         # Seeded by (seed, epoch, index): independent of worker, process and restarts.
         rng = np.random.default_rng((self.seed, epoch, index))
         boxes, labels = self.objects(index)
@@ -78,7 +78,7 @@ class CocoDataset(Dataset):
         """Image `index` as (H, W, 3) uint8 RGB, turned the way its annotations are."""
         path, (width, height) = self.path(index), self.sizes[index].tolist()
         image = read_image(path)
-        if image.shape[:2] != (height, width):  # annotated without regard to EXIF, perhaps
+        if image.shape[:2] != (height, width):  # the annotator may have ignored the EXIF orientation
             upright = image.shape
             image = read_image(path, upright=False)
             if image.shape[:2] != (height, width):

@@ -17,7 +17,7 @@ from src.annotations import as_coco
 from src.transform import normalize
 from src.usage import UserError
 
-LOG_EVERY = 10  # steps; the losses are looked at, and the device waited for, only then
+LOG_EVERY = 10  # steps; losses are read, which waits for the device, only this often
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
@@ -32,7 +32,8 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
             "params": [
                 p
                 for name, p in network.named_parameters()
-                if (p.ndim > 1) == decays and name.startswith(backbone) == in_backbone
+                if (p.ndim > 1) == decays  # biases and batch norm have one dimension
+                and name.startswith(backbone) == in_backbone
             ],
             "weight_decay": weight_decay if decays else 0.0,
             "lr_factor": backbone_lr_factor if in_backbone else 1.0,
@@ -52,12 +53,12 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
 
 
 def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp):
-    """Train on what is left of an epoch; yields (iteration, figures) after every step.
+    """Train on what is left of an epoch; yields (iteration, report) after every step.
 
     loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets (B, D) and
     image ids (B,); learning_rate(epoch, iteration) -> float, which a parameter group's "lr_factor"
-    multiplies. figures is {tag: mean since the last}
-    every LOG_EVERY steps, else None. Raises UserError on a loss that is not finite.
+    multiplies. After every LOG_EVERY steps report is {tag: number}, losses averaged since the last
+    one; otherwise None. Raises UserError on a loss that is not finite.
     """
     model.train()
     device = next(model.parameters()).device
@@ -82,26 +83,26 @@ def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_it
         scaler.step(optimizer)
         scaler.update()
 
-        figures = None
+        report = None
         recent.append((torch.stack([loc_loss, cls_loss]).detach(), ids))
         if (iteration + 1) % LOG_EVERY == 0 or iteration == last:
             distributed.meet()
             losses = torch.stack([losses for losses, _ in recent]).tolist()  # waits for the device
-            means = mean_figures(losses)  # of all processes, so that all stop at what is not finite
+            means = mean_losses(losses)  # of all processes, so that all stop at what is not finite
             if not math.isfinite(means["Loss"]):
                 raise not_finite(losses, [ids for _, ids in recent], epoch, iteration)
             images_seen = len(losses) * len(ids) * distributed.world_size()
             seconds = time.perf_counter() - clock
-            figures = means | {"LR": lr, "Images_per_second": images_seen / seconds}
+            report = means | {"LR": lr, "Images_per_second": images_seen / seconds}
             text = "loss {Loss:.3f}, lr {LR:.2e}, {Images_per_second:.1f} images/s"
             data = f", data {waited / len(losses):.3f} of {seconds / len(losses):.3f} s/step"
-            bar.set_postfix_str(text.format(**figures) + data)
+            bar.set_postfix_str(text.format(**report) + data)
             recent, waited, clock = [], 0.0, time.perf_counter()
-        yield iteration, figures
+        yield iteration, report
         ready = time.perf_counter()
 
 
-def mean_figures(losses):
+def mean_losses(losses):
     """Mean over steps and processes of this process's losses, [[loc, cls], ...]."""
     sums = distributed.total([sum(column) for column in zip(*losses, strict=True)])
     loc, cls = (value / len(losses) / distributed.world_size() for value in sums)
@@ -212,7 +213,7 @@ def coco_metrics(truth, detections):
 
 
 def metrics_table(metrics):
-    """The twelve figures as lines to print, or one line if they are all -1."""
+    """The twelve metrics as lines to print, or one line if they are all -1."""
     if metrics["AP"] < 0:
         return "nothing to measure: the set has no boxes"
     rows = [METRICS[:3], METRICS[3:6], METRICS[6:9], METRICS[9:]]

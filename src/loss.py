@@ -9,8 +9,8 @@ from torch import nn
 class MultiBoxLoss(nn.Module):
     """Smooth L1 on matched default boxes, cross-entropy on those and the hardest negatives.
 
-    per_image: normalise as both published SSD-ResNet50 recipes do, each image by its own matched
-    boxes, instead of the batch by all of its matched boxes (eq. 1).
+    per_image: normalise as NVIDIA's and uvipen's SSD-ResNet50 recipes do, each image by its own
+    matched boxes, instead of the batch by all of its matched boxes (eq. 1).
     """
 
     def __init__(self, neg_pos_ratio=3, per_image=False):
@@ -30,28 +30,28 @@ class MultiBoxLoss(nn.Module):
         loc_loss = F.smooth_l1_loss(loc.float(), loc_targets, reduction="none").sum(dim=2)
         loc_loss = (loc_loss * matched).sum(dim=1)
 
-        cls_loss = F.cross_entropy(cls_logits.float().flatten(0, 1), cls_targets.flatten(), reduction="none").view_as(
-            cls_targets
-        )
-        # Hard negative mining: sorted by loss, only the first 3 N background boxes count. Matched
-        # boxes get loss 0: they sort last and add nothing if background boxes run out.
+        logits, labels = cls_logits.float().flatten(0, 1), cls_targets.flatten()
+        cls_loss = F.cross_entropy(logits, labels, reduction="none").view_as(cls_targets)  # (B, D)
+        # Hard negative mining: of each image's background boxes only those with the highest loss count,
+        # three for each matched box. Matched boxes get loss 0 here: they sort last and add nothing if
+        # background boxes run out.
         negatives = cls_loss.masked_fill(matched, 0).sort(dim=1, descending=True).values
         rank = torch.arange(negatives.shape[1], device=negatives.device)
         hardest = rank < self.neg_pos_ratio * num_matched[:, None]  # (B, D)
         cls_loss = (cls_loss * matched).sum(dim=1) + (negatives * hardest).sum(dim=1)  # (B,)
 
         if self.per_image:
-            share = 1 / num_matched.clamp(min=1) / len(matched)  # (B,)
+            weight = 1 / num_matched.clamp(min=1) / len(matched)  # (B,)
         else:
-            share = 1 / num_matched_everywhere(num_matched)  # N of eq. 1
-        return (loc_loss * share).sum(), (cls_loss * share).sum()
+            weight = 1 / num_matched_everywhere(num_matched)  # 1 / N of eq. 1
+        return (loc_loss * weight).sum(), (cls_loss * weight).sum()
 
 
 def num_matched_everywhere(num_matched):
-    """N of eq. 1 for the batch of all processes, at least 1, divided by their number.
+    """Matched boxes in the batches of all processes (at least 1), divided by the number of processes.
 
-    DistributedDataParallel averages the gradients of the processes, so that the loss of all is the
-    mean of theirs. num_matched (B,) is this process's; the sum waits for no device.
+    DistributedDataParallel averages gradients, which divides by that number once more: this undoes
+    it. num_matched (B,) is this process's. The sum stays on the device, so nothing waits for it.
     """
     total, processes = num_matched.sum().float(), 1
     if dist.is_initialized():

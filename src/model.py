@@ -20,15 +20,15 @@ def build_model(name, num_classes, pretrained_backbone=True):
 class ResNet50Backbone(nn.Module):
     """ResNet-50 up to conv4, whose first block keeps stride 8: (B, 1024, 38, 38)."""
 
-    # Paper: VGG-16 up to conv4_3, with L2 normalisation. Here: ResNet-50, as in both published
-    # recipes; batch norm keeps its features in range, so no L2 normalisation.
+    # Paper: VGG-16, whose conv4_3 is the first map and L2-normalised. Here: ResNet-50, as in NVIDIA's
+    # and uvipen's recipes; batch norm keeps its features in range, so no L2 normalisation.
     def __init__(self, pretrained):
         super().__init__()
-        # From scratch each residual block starts as the identity: features that add up from block
-        # to block make the heads' first steps explode.
+        # Without pretrained weights features would grow from block to block, and the heads' first steps
+        # explode: so each residual block starts as the identity. (Pretrained weights overwrite this.)
         weights = ResNet50_Weights.IMAGENET1K_V2 if pretrained else None
         resnet = resnet50(weights=weights, zero_init_residual=True)
-        first = resnet.layer3[0]
+        first = resnet.layer3[0]  # conv4
         first.conv1.stride = first.conv2.stride = first.downsample[0].stride = (1, 1)
         self.feature_extractor = nn.Sequential(
             resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1, resnet.layer2, resnet.layer3
@@ -89,7 +89,7 @@ class MobileNetV2Backbone(nn.Module):
 
 
 class SSDLite(nn.Module):
-    """SSDLite: SSD whose extra layers and heads are depthwise separable."""
+    """SSDLite: extra layers are MobileNetV2's blocks, here narrow inside; heads are depthwise separable."""
 
     def __init__(self, default_boxes, num_classes, pretrained_backbone):
         super().__init__()
@@ -112,7 +112,7 @@ class SSDLite(nn.Module):
             part.apply(init_convolution)
         for module in self.modules():
             if isinstance(module, nn.ReLU6):
-                module.inplace = False  # in place, training would first copy the input for the gradient
+                module.inplace = False  # in place, autograd would copy its input
 
     def forward(self, images):
         """images (B, 3, 300, 300) -> loc (B, 3000, 4), cls_logits (B, 3000, C)."""

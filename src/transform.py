@@ -31,7 +31,7 @@ def augment(image, boxes, labels, rng, size, zoom_out=False):
 
 
 def expand(image, boxes, rng):
-    """Zoom out (SSD section 3.6): half the time, put the image on a canvas of the mean colour, up to 4x4 as large."""
+    """Zoom out (SSD section 3.6): half the time, put the image on a canvas up to 4 times as wide and high."""
     if rng.random() < 0.5:
         return image, boxes
     height, width = image.shape[:2]
@@ -51,7 +51,7 @@ def crop(image, boxes, labels, rng):
     """Sample a patch (SSD section 2.2); its objects are those whose centre lies inside, clipped.
 
     Paper (its code): up to 50 draws of a scale and a ratio, until one object has the minimum IoU.
-    Here, as in the published recipe: draw width and height once; every object must reach the minimum
+    Here, as in NVIDIA's and uvipen's recipes: draw width and height once; every object must reach the minimum
     IoU; if the patch is rejected (ratio of the sides, IoU, no object's centre inside), start again with
     a new option.
     """
@@ -76,7 +76,7 @@ def crop(image, boxes, labels, rng):
 
 def sample_patch(boxes, rng):
     """Draw the patch of `crop`: (4,) float64 xyxy in [0, 1], or None for the whole image."""
-    while True:
+    while True:  # ends: option 0 needs nothing of the patch
         option = rng.integers(7)
         if option == 0:
             return None
@@ -116,8 +116,8 @@ def resize(image, size):
 def jitter_colours(image, rng):
     """Brightness, contrast, saturation and hue in random order: torchvision's ColorJitter.
 
-    Paper (its code): each half the time, brightness added, hue by up to 0.1. Here: the published
-    recipe's ranges.
+    Paper (its code): each half the time, brightness added, hue by up to 0.1. Here: uvipen's
+    ranges.
     """
     brightness = rng.uniform(1 - 0.125, 1 + 0.125)
     contrast, saturation = rng.uniform(1 - 0.5, 1 + 0.5, 2)

@@ -377,7 +377,7 @@ def training(args, device, name):
 
 
 def validation(args, device, folder, name):
-    """A whole set: pictures in, COCO figures out."""
+    """A whole set: images in, COCO metrics out."""
     data = CocoDataset(folder, "val2017")
     truth = ground_truth(data.annotation_file)
     network = network_of(name, device)
