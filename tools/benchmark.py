@@ -22,6 +22,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -376,6 +378,32 @@ def training(args, device, name):
     )
 
 
+def time_steps():
+    """Print the median time of four training steps; `waiting` runs it in a process of its own."""
+    step = training_step(SimpleNamespace(amp=False), "cpu", "ssdlite")
+    step()
+    print(np.median([seconds(step) for _ in range(4)]))
+
+
+def waiting():
+    """A training step whose OpenMP threads spin while they wait for one another, or sleep as ours do."""
+
+    def step(policy):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | policy
+        command = [sys.executable, "-c", "from tools import benchmark; benchmark.time_steps()"]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, check=True, stdout=-1, text=True)
+        return 1e3 * float(done.stdout)
+
+    print(f"\n{'ssdlite training step, batch 8':42} {'spin':>9} {'sleep':>9} {'ratio':>18}")
+    for load in ("alone", "beside a busy program"):
+        busy = [] if load == "alone" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
+        runs = [(step({}), step({"OMP_WAIT_POLICY": "PASSIVE"})) for _ in range(3)]
+        for process in busy:
+            process.kill()
+        spin, sleep = np.median(runs, axis=0)
+        print(f"{load:42} {spin:9.1f} {sleep:9.1f} {spin / sleep:18.2f}", flush=True)
+
+
 def validation(args, device, folder, name):
     """A whole set: images in, COCO metrics out."""
     data = CocoDataset(folder, "val2017")
@@ -580,6 +608,8 @@ def main():
         for name in ("ssd", "ssdlite"):
             validation(args, device, folder, name)
         deployment(args, Path(folder))
+        if device == "cpu" and torch.get_num_threads() > 1:
+            waiting()
         if args.coco_size:
             coco_size(Path(folder) / "coco")
             judging()
