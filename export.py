@@ -11,7 +11,7 @@ index 0 "background".
 from src import usage
 
 if __name__ == "__main__":
-    usage.before_imports()
+    usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import json
 import sys

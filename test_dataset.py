@@ -6,7 +6,7 @@ python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.p
 from src import usage
 
 if __name__ == "__main__":
-    usage.before_imports()
+    usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def parse_args():
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=0.5, help="lowest score to draw; no effect on mAP")
     add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
-    add("--batch-size", type=usage.number(int, 1), default=32)
+    add("--batch-size", type=usage.number(int, 1), default=32, help="images per forward pass")
     add("--num-workers", type=usage.number(int, 0), default=4, help="loading processes")
     add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
     add("--output", default="predictions", help="folder for images, detections and metrics")

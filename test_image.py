@@ -9,7 +9,7 @@
 from src import usage
 
 if __name__ == "__main__":
-    usage.before_imports()
+    usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import json
 from collections import Counter

@@ -7,7 +7,7 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 from src import usage
 
 if __name__ == "__main__":
-    usage.before_imports()
+    usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import itertools
 import json

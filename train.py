@@ -9,7 +9,7 @@ Stop it whenever you want (Ctrl-C): the same command resumes where it was.
 from src import usage
 
 if __name__ == "__main__":
-    usage.before_imports()  # quiet on Ctrl-C, and OpenMP's threads sleep while they wait
+    usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import argparse
 import atexit
@@ -91,15 +91,16 @@ def main():
     check_categories(val_set, category_ids, classes, train_set.annotation_file)
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
     iterations = len(sampler)  # in an epoch
-    args.warmup = min(300, iterations) if args.warmup is None else args.warmup
 
     # A stopped run
+    options = vars(args) | {"world_size": world_size}  # a resumed run says what has changed
+    del options["local_rank"]
+    for data in (train_set, val_set):
+        data.check_folder()
     usage.make_folder("--save-folder", args.save_folder)
     usage.make_folder("--log-path", args.log_path)
     stopping.lock_save_folder(args.save_folder, args.model)
     latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
-    options = vars(args) | {"world_size": world_size}
-    del options["local_rank"]
     stopped = find_stopped_run(latest, options)
     look_over(train_set, val_set, check_files=not stopped)  # a resumed run finds broken files as it loads them
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
@@ -149,15 +150,16 @@ def main():
                     save_run(latest, *everything)
                     stopping.leave(latest, received)
         except (UnreadableImage, OSError):  # a full disk for the log, perhaps
-            # Whichever process meets it: all have the same parameters.
+            # Whichever process meets it: all have the same parameters (and their own running statistics).
             save_run(latest, *everything, by=rank)
             raise
+        distributed.share_buffers(network)
         save_run(latest, *everything)
         # Evaluation may take longer than the half minute that torchrun or a cluster leaves a process.
         stopping.stop_at_once(latest, received)
-        distributed.share_buffers(network)
         detector = Detector(network, args.model, classes, category_ids, device, args.amp)
         metrics, _ = evaluate(detector, val_loader, truth, args.nms_threshold)
+        distributed.meet()  # all in time for the next signal
         received = stopping.stop_on_signals()
         if rank == 0:
             say(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
@@ -204,7 +206,8 @@ def make_loaders(args, train_set, val_set, sampler, device):
 def learning_rate(args, iterations, world_size, epoch, iteration):
     """Linear warm-up, then x0.1 after each of the multistep epochs; `iterations` per epoch."""
     lr = args.lr * args.batch_size * world_size / 32
-    lr *= min(1, (epoch * iterations + iteration + 1) / max(1, args.warmup))
+    warmup = min(300, iterations) if args.warmup is None else args.warmup
+    lr *= min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
     return lr * 0.1 ** sum(epoch >= last for last in args.multistep)
 
 

@@ -133,6 +133,7 @@ def pick(data, rng, count, fewest, most):
     """Indices of up to `count` images at random, with so many objects or, if there are none such, nearly."""
     objects = np.diff(data.starts)
     off = np.maximum(fewest - objects, objects - most).clip(0)
+    off[objects == 0] += off.max() * (fewest > 0)  # an empty image shows nothing: the last resort
     order = rng.permutation(len(data))
     return order[off[order] == off.min()][:count].tolist()
 
@@ -152,12 +153,12 @@ def compare(boxes, labels, found_boxes, found_labels):
     """Which objects are found (G,), which detections are right (K,): same class, IoU above 0.5, once each."""
     iou = pairwise_iou(torch.from_numpy(boxes), found_boxes).numpy()
     iou[labels[:, None] != found_labels.numpy()] = 0
-    right = np.zeros(len(found_boxes), bool)
+    found, right = np.zeros(len(boxes), bool), np.zeros(len(found_boxes), bool)
     for k in range(len(found_boxes) if len(boxes) else 0):  # scores descend
         g = iou[:, k].argmax()
-        right[k] = iou[g, k] > 0.5
-        iou[g, k + 1 :] *= not right[k]
-    return (iou[:, right] > 0.5).any(axis=1), right
+        if iou[g, k] > 0.5:
+            found[g], right[k], iou[g] = True, True, 0
+    return found, right
 
 
 def pick_right(data, rng, detector, fewest, most):

@@ -92,6 +92,11 @@ class CocoDataset(Dataset):
         """File of image `index`."""
         return self.folder / os.fsdecode(self.file_names[index])
 
+    def check_folder(self):
+        """UserError if there is no folder of images."""
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no such folder; --data-path must hold annotations/ and it")
+
     def check_files(self, indices):
         """UserError if one of these images is missing, or not of the size in the annotation file.
 

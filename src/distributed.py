@@ -16,7 +16,7 @@ from src.usage import UserError
 
 # How long a process waits for the others before it fails: a machine that loses its power or its
 # network does not say so. It must exceed all that one process does while others wait: rank 0 saving
-# or downloading ImageNet's weights, a slow disk in the first epoch.
+# or downloading ImageNet's weights, a disk that is colder than the others' when files are checked.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -49,8 +49,11 @@ def open_store(timeout):
     """Connect to torchrun's key-value store; returns it, this process's rank and the world size."""
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     # torchrun keeps its store when it restarts the processes (--max-restarts), and in it the
-    # addresses of the dead ones: each attempt needs keys of its own.
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, world_size
+    # addresses of the dead ones: each attempt needs keys of its own. On several machines the agents'
+    # counts differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return store, rank, world_size
 
 
 @contextlib.contextmanager
@@ -66,13 +69,14 @@ def naming_the_lost():
             store.set(f"alive/{rank}", "")
             time.sleep(5)  # the others notice it, too
             lost = [str(other) for other in range(world_size) if not store.check([f"alive/{other}"])]
-        except RuntimeError:  # the store is on rank 0's machine
-            lost = ["0"]
-        if not lost:
+            missing = f"rank {', '.join(lost)}" if lost else ""
+        except RuntimeError:  # its machine has gone
+            missing = f"{os.environ['MASTER_ADDR']}, where torchrun keeps its store"
+        if not missing:
             raise
         reason = str(error).split(". ")[0]
         raise UserError(
-            f"no answer from rank {', '.join(lost)} ({reason}): see its own message, or look at its machine;"
+            f"no answer from {missing} ({reason}): see its own message, or look at its machine;"
             " the same command resumes from the last checkpoint"
         ) from error
 
@@ -145,6 +149,7 @@ def parallel(network):
     """The network to call in training: with several processes inside DDP, all with rank 0's weights and buffers."""
     if world_size() == 1:
         return network
+    meet()
     model = DistributedDataParallel(network, gradient_as_bucket_view=True)
     # Training does not read the running statistics of batch norm: no need to send rank 0's before
     # each step. Not an option above, as that is deprecated and would not send them at the start.
@@ -155,5 +160,6 @@ def parallel(network):
 def share_buffers(network):
     """Give every process rank 0's buffers, which are the saved ones: in training each keeps its own."""
     if dist.is_initialized():
+        meet()
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)

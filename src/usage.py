@@ -22,8 +22,8 @@ class HelpFormatter(argparse.HelpFormatter):
     """argparse's, but it states the default where there is one."""
 
     def _get_help_string(self, action):
-        stated = action.default not in (None, False, argparse.SUPPRESS)
-        return action.help + (" (default: %(default)s)" if stated else "")
+        unstated = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help + ("" if unstated else " (default: %(default)s)")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -92,16 +92,12 @@ def make_writable(option, path, inputs=()):
         raise UserError(f"{option} {path}: may not be written; choose another place")
 
 
-def before_imports():
-    """What has to be settled before torch is imported, which takes seconds.
+def quit_on_ctrl_c():
+    """End at once on Ctrl-C, silently, with status 130: until `run`, which can do better.
 
-    Until `run`, Ctrl-C ends the script at once and silently: an exception raised within an import
-    might be turned into another one there. OpenMP's threads sleep while they wait for one another
-    unless the user says otherwise: spinning, they starve one another as soon as another program
-    wants a core.
+    An exception could be raised anywhere within an import, and turned into another one there.
     """
     handle_signals(lambda *_: os._exit(130), [signal.SIGINT])
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 # Those that ask a script to end: Ctrl-C, kill, a closed terminal (which Windows does not tell).

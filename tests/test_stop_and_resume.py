@@ -115,8 +115,12 @@ def test_killed_at_random_moments_it_ends_as_if_never_stopped(tmp_path, processe
 
 def ranks_of(process):
     """Process ids of the training processes of a torchrun, in the order of their ranks."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the run ends while we look
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                ranks.append(int(pid))
+    return ranks
 
 
 def test_torchrun_restarts_a_run_whose_process_is_killed(tmp_path):
@@ -130,9 +134,13 @@ def test_torchrun_restarts_a_run_whose_process_is_killed(tmp_path):
         folder.mkdir()
         process = start(tmp_path / "data", folder, 2, rng.choice([0, 1, 2]), "--max-restarts=3")
         while not (folder / "ssdlite.pth").exists():
+            assert process.poll() is None
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 4))
-        killed = rng.choice(ranks_of(process) or [None])
+        # The first round kills at once: in the others the run may be over by then.
+        time.sleep(rng.uniform(0, 4) if number else 0)
+        ranks = ranks_of(process)
+        assert ranks or number
+        killed = rng.choice(ranks or [None])
         if killed:
             os.kill(killed, signal.SIGKILL)
         assert process.wait(120) == 0, (folder / "output.txt").read_text()
@@ -150,6 +158,7 @@ def test_stopped_in_evaluation_it_ends_at_once_and_evaluates_again(tmp_path):
     process = start(tmp_path / "data", folder, 2, 1)
     output = folder / "output.txt"
     while "evaluate:" not in output.read_text():
+        assert process.poll() is None, output.read_text()
         time.sleep(0.05)
     process.terminate()
     process.wait(60)

@@ -241,7 +241,7 @@ def test_what_is_ignored_stays_ignored():
     before = signal.getsignal(signal.SIGINT)
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `python train.py &` in a script
-        usage.before_imports()
+        usage.quit_on_ctrl_c()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

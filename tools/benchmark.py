@@ -14,7 +14,7 @@ On a GPU the first rows compare memory layouts: where NCHW (contiguous) is much 
 from src import usage
 
 if __name__ == "__main__":
-    usage.before_imports()
+    usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import contextlib
 import copy
@@ -378,30 +378,37 @@ def training(args, device, name):
     )
 
 
-def time_steps():
-    """Print the median time of four training steps; `waiting` runs it in a process of its own."""
-    step = training_step(SimpleNamespace(amp=False), "cpu", "ssdlite")
-    step()
-    print(np.median([seconds(step) for _ in range(4)]))
+def time_ssdlite(stage):
+    """Print the median time of a stage; `waiting` runs this in a process of its own."""
+    if stage == "training step, batch 8":
+        action, repeats = training_step(SimpleNamespace(amp=False), "cpu", "ssdlite"), 4
+    else:
+        detector = Detector(network_of("ssdlite", "cpu"), "ssdlite", NAMES, IDS, "cpu")
+        action, repeats = partial(detector, drawn_images(1)), 30
+    action()
+    print(np.median([seconds(action) for _ in range(repeats)]))
 
 
 def waiting():
-    """A training step whose OpenMP threads spin while they wait for one another, or sleep as ours do."""
+    """OpenMP's threads that spin for a while when they wait for one another, its default, against sleeping ones."""
 
-    def step(policy):
+    def milliseconds(stage, policy):
         env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | policy
-        command = [sys.executable, "-c", "from tools import benchmark; benchmark.time_steps()"]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, check=True, stdout=-1, text=True)
-        return 1e3 * float(done.stdout)
+        command = [sys.executable, "-c", f"from tools import benchmark; benchmark.time_ssdlite({stage!r})"]
+        return 1e3 * float(subprocess.check_output(command, cwd=Path(__file__).parents[1], env=env))
 
-    print(f"\n{'ssdlite training step, batch 8':42} {'spin':>9} {'sleep':>9} {'ratio':>18}")
+    print(f"\n{'ssdlite':42} {'spin':>9} {'sleep':>9} {'ratio':>18}")
     for load in ("alone", "beside a busy program"):
-        busy = [] if load == "alone" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
-        runs = [(step({}), step({"OMP_WAIT_POLICY": "PASSIVE"})) for _ in range(3)]
-        for process in busy:
-            process.kill()
-        spin, sleep = np.median(runs, axis=0)
-        print(f"{load:42} {spin:9.1f} {sleep:9.1f} {spin / sleep:18.2f}", flush=True)
+        for stage in ("training step, batch 8", "detecting, batch 1"):
+            busy = [] if load == "alone" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
+            try:
+                policies = {}, {"OMP_WAIT_POLICY": "PASSIVE"}
+                runs = [[milliseconds(stage, policy) for policy in policies] for _ in range(3)]
+            finally:
+                for process in busy:
+                    process.kill()
+            spin, sleep = np.median(runs, axis=0)
+            print(f"{stage + ', ' + load:42} {spin:9.1f} {sleep:9.1f} {spin / sleep:18.2f}", flush=True)
 
 
 def validation(args, device, folder, name):
