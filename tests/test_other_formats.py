@@ -50,7 +50,8 @@ def write_yolo(folder):
 
 def readme_command(kind):
     """The words of the usage page's globox command for a format."""
-    (line,) = (line for line in (ROOT / "docs" / "usage.md").read_text().splitlines() if kind in line)
+    text = (ROOT / "docs" / "usage.md").read_text().replace(" \\\n", "")  # continued lines as one
+    (line,) = (line for line in text.splitlines() if kind in line)
     return shlex.split(line)
 
 

@@ -89,7 +89,7 @@ then_what() {
     local begun=$SECONDS
     wait $first
     echo "   machine 0 ended with status $? after $((SECONDS - begun)) s:"
-    grep '^error' "$work/0.txt" | sed 's/^/   /'
+    grep -o 'error: .*' "$work/0.txt" | sed 's/^/   /'
 }
 
 echo "1. without GLOO_SOCKET_IFNAME"
