@@ -111,7 +111,7 @@ class CocoDataset(Dataset):
                 self.read(index)
         if missing:
             raise UserError(
-                f"{self.annotation_file}: {len(missing)} of its {len(self)} images are not in"
+                f"{self.annotation_file}: at least {len(missing)} of its {len(self)} images are not in"
                 f" {self.folder}, the first is {missing[0]}: copy them there"
             )
 

@@ -9,7 +9,7 @@
 #   3. one machine's processes are killed: how soon the other ends, and what it says
 #   4. one machine loses its network: the other waits for src.distributed.TIMEOUT, here 30 s
 #   5. one process is killed under --max-restarts: all start again from the last checkpoint
-# It takes four to seven minutes, leaves nothing behind, and ends with status 1 if something else was seen.
+# It takes two to six minutes, leaves nothing behind, and ends with status 1 if something else was seen.
 set -u
 python=$(command -v "${1:-python}") || { echo "error: ${1:-python}: no such Python; give its path" >&2; exit 2; }
 [ "$(id -u)" = 0 ] || { echo "error: network namespaces need root: use sudo" >&2; exit 2; }
