@@ -99,7 +99,8 @@ def test_commands_run_one_after_the_other(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     make_dataset(tmp_path / "my_data", train=8, val=4)
-    for photo in ("a.jpg", "your_photo.jpg"):
+    (tmp_path / "folder").mkdir()
+    for photo in ("a.jpg", "your_photo.jpg", "folder/a.jpg"):
         shutil.copy(next((tmp_path / "my_data" / "val2017").iterdir()), tmp_path / photo)
     draw = [sys.executable, "-m", "demo.video", "--output", "a.avi"]
     subprocess.run(draw, cwd=tmp_path, env=ENV, check=True)
