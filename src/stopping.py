@@ -68,7 +68,7 @@ def told_to_stop(received):
 
 def leave(file, received):
     """End a run that was saved to `file`, with the status of a process that a signal has stopped."""
-    say(saved_to(file).rstrip())
+    say(saved_to(file))
     distributed.tear_down()
     sys.exit(128 + (received or [signal.SIGTERM])[0])
 
@@ -79,7 +79,7 @@ def stop_at_once(file, received):
     def stop(number, frame=None):
         if distributed.rank() == 0:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(1, saved_to(file).encode())
+                os.write(1, f"{saved_to(file)}\n".encode())
         kill_workers()
         os._exit(128 + number)  # Python's exit would wait for the other processes
 
@@ -90,7 +90,7 @@ def stop_at_once(file, received):
 
 def saved_to(file):
     """What a stopped run says last."""
-    return f"stopped; saved {file}, the same command resumes from there\n"
+    return f"stopped; saved {file}, the same command resumes from there"
 
 
 def start_worker(worker):

@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import pytest
+from samples import MODELS, reference_network
 
 from demo.shapes import make_dataset
 from src import transform
@@ -18,3 +19,9 @@ def shapes_folder(tmp_path_factory):
 def no_jitter(monkeypatch):
     """The augmentation without its colours."""
     monkeypatch.setattr(transform, "jitter_colours", lambda image, rng: image)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Both networks, with the weights of the reference values."""
+    return {name: reference_network(name) for name in MODELS}

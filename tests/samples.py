@@ -12,6 +12,7 @@ from reference.inputs import weights
 
 from src.model import build_model
 
+MODELS = ("ssd", "ssdlite")
 ONE_OBJECT = [(0.15, 0.1, 0.85, 0.8)]  # xyxy in [0, 1]
 THREE_OBJECTS = [(0.1, 0.2, 0.45, 0.6), (0.5, 0.5, 0.9, 0.95), (0.3, 0.4, 0.7, 0.75)]
 CATEGORIES = [{"id": 44, "name": "cup"}, {"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
@@ -80,6 +81,12 @@ def reference_network(name, num_classes=81):
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     model.load_state_dict({key: torch.from_numpy(v) for key, v in weights(shapes).items()})
     return model
+
+
+def forward(model, images):
+    """What a network answers, without gradients."""
+    with torch.inference_mode():
+        return model(images)
 
 
 def reference_images(count):

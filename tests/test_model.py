@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reference.inputs import ground_truth
-from samples import reference_images, reference_network
+from samples import MODELS, forward, reference_images, reference_network
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,22 +19,11 @@ from src.loss import MultiBoxLoss
 from src.model import build_model
 
 REFERENCE = Path(__file__).parent / "reference"
-MODELS = ("ssd", "ssdlite")
 # Cells along each side of each map, default boxes per cell, and distance of neighbouring cells in pixels.
 MAPS = {
     "ssd": ((38, 19, 10, 5, 3, 1), (4, 6, 6, 6, 4, 4), (8, 16, 32, 64, 100, 300)),
     "ssdlite": ((19, 10, 5, 3, 2, 1), (6,) * 6, (16, 32, 64, 100, 150, 300)),
 }
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: reference_network(name) for name in MODELS}
-
-
-def forward(model, images):
-    with torch.inference_mode():
-        return model(images)
 
 
 def test_ssd_parameters_are_those_of_the_published_checkpoints(models):

@@ -6,26 +6,15 @@ published recipe.
 
 import pytest
 import torch
-from samples import reference_images, reference_network
+from samples import MODELS, forward, reference_images
 
 from src.model import build_model
 
-MODELS = ("ssd", "ssdlite")
 # Cells along each side of each map, and channels.
 MAPS = {
     "ssd": ((38, 19, 10, 5, 3, 1), (1024, 512, 512, 256, 256, 256)),
     "ssdlite": ((19, 10, 5, 3, 2, 1), (576, 1280, 512, 256, 256, 64)),
 }
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: reference_network(name) for name in MODELS}
-
-
-def forward(model, images):
-    with torch.inference_mode():
-        return model(images)
 
 
 @pytest.mark.parametrize("name", MODELS)
