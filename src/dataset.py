@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from src.annotations import annotation_file, no_garbage_collection, read_annotations
+from src.annotations import annotation_file, no_garbage_collection, read_annotations, trained_on
 from src.images import image_size, read_image
 from src.transform import augment, resize
 from src.usage import UnreadableImage, UserError
@@ -42,7 +42,7 @@ class CocoDataset(Dataset):
 
     def _collect_boxes(self, annotations):
         """Objects to train on, by image: those of image i are rows starts[i] to starts[i+1]."""
-        annotations = [a for a in annotations if not a["iscrowd"]]
+        annotations = [a for a in annotations if trained_on(a)]
         ids = np.array([a["image_id"] for a in annotations], np.int64)
         labels = np.array([a["category_id"] for a in annotations], np.int64)
         boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)

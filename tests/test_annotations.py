@@ -33,6 +33,13 @@ def test_boxes_without_area_are_left_out_and_counted(tmp_path):
     assert len(ground_truth(file).anns) == 1
 
 
+def test_difficult_objects_are_trained_on_and_ignored_in_evaluation(tmp_path):
+    file = small_dataset(tmp_path, [box(10, [0, 0, 9, 9], difficult=1), box(10, [5, 5, 40, 40], difficult=0)])
+    data = CocoDataset(tmp_path, "set")
+    assert len(data.boxes) == 2 and dict(data.repairs) == {"difficult objects not evaluated": 1}
+    assert [a["iscrowd"] for a in ground_truth(file).anns.values()] == [1, 0]
+
+
 def test_boxes_that_reach_outside_are_clipped(tmp_path):
     file = small_dataset(tmp_path, [box(10, [-10, 40, 30, 20]), box(10, [90, -5, 20, 30])])
     data = CocoDataset(tmp_path, "set")
