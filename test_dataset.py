@@ -19,7 +19,7 @@ from tqdm import tqdm
 from src.annotations import ground_truth
 from src.dataset import CocoDataset, check_categories
 from src.detector import Detector
-from src.engine import coco_results, evaluate, metrics_table
+from src.engine import class_table, coco_results, evaluate, metrics_table
 from src.usage import UserError
 from src.visualize import draw_detections
 
@@ -68,6 +68,8 @@ def main():
         drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], detector.classes)
         Image.fromarray(drawn).save(output / f"{image_id}.jpg", quality=90)
     print(metrics_table(metrics))
+    if "VOC07" in metrics:
+        print(class_table(metrics))
     print(f"{len(dataset)} images, detections.json, metrics.json -> {output}")
 
 

@@ -31,6 +31,7 @@ from src.detector import Detector
 from src.distributed import say
 from src.engine import METRICS, evaluate, make_optimizer, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
+from src.model import freeze
 from src.usage import UnreadableImage
 from src.visualize import draw_detections
 
@@ -50,6 +51,7 @@ def parse_args():
     add("--model", choices=list(DEFAULT_BOXES), default="ssd", help="SSD-ResNet50 or SSDLite-MobileNetV2")
     add("--pretrained-model", help="checkpoint to fine-tune")
     add("--no-pretrained-backbone", action="store_true", help="start from random weights, without ImageNet's")
+    add("--freeze", action="store_true", help="keep the backbone's layers up to stride 8 as they are; to fine-tune")
     add("--nms-threshold", type=fraction, default=0.5, help="IoU above which a weaker box is removed")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, default=65, help="passes over the training images")
@@ -69,7 +71,10 @@ def parse_args():
     add("--save-every", type=positive, help="iterations; without it, after every epoch")
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; LOCAL_RANK is used
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.freeze and args.no_pretrained_backbone and not args.pretrained_model:
+        parser.error("--freeze would keep random weights: leave out --no-pretrained-backbone")
+    return args
 
 
 @distributed.naming_the_lost()
@@ -108,6 +113,8 @@ def main():
 
     # Model
     network = start_network(args, stopped, classes)
+    if args.freeze:
+        freeze(network)
     network = network.to(device, memory_format=torch.channels_last)
     model = distributed.parallel(network)
     criterion = MultiBoxLoss()

@@ -10,15 +10,18 @@ from operator import itemgetter
 import numpy as np
 import torch
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 from tqdm import tqdm
 
 from src import distributed
 from src.annotations import as_coco
 from src.transform import normalize
 from src.usage import UserError
+from src.voc_metric import has_difficult, voc_metrics
 
 LOG_EVERY = 10  # steps; losses are read, which waits for the device, only this often
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+VOC_METRICS = ("VOC07", "VOC10")
 
 
 def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=1.0, stopped=None):
@@ -61,6 +64,9 @@ def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_it
     one; otherwise None. Raises UserError on a loss that is not finite.
     """
     model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+            module.eval()  # frozen
     device = next(model.parameters()).device
     last = first_iteration + len(loader) - 1
     recent = []  # (losses, image ids) of each step since the last log line
@@ -125,8 +131,9 @@ def evaluate(detector, loader, truth, nms_threshold=0.5):
     """COCO metrics of a Detector on the images of `loader`; each process detects and judges its share.
 
     loader yields images (B, 300, 300, 3) uint8, image ids (B,) and sizes (B, 2) in pixels; truth
-    is pycocotools' COCO. Returns, in every process, metrics (the twelve and "per_class") and
-    detections (N, 7) float64: image id, x, y, w, h in pixels, score, category id.
+    is pycocotools' COCO. Returns, in every process, metrics (the twelve and "per_class"; "VOC07" and
+    "VOC10" if `truth` says which objects are difficult) and detections (N, 7) float64: image id, x, y,
+    w, h in pixels, score, category id.
     SSD section 3.7: scores above 0.01, NMS, the best 200 per image.
     """
     rows = [np.zeros((0, 7))]
@@ -141,7 +148,10 @@ def evaluate(detector, loader, truth, nms_threshold=0.5):
             rows.append(torch.stack([*columns, one["scores"], categories], dim=1).numpy())
     detections = np.concatenate(distributed.gather(np.concatenate(rows)))
     detections = detections[np.argsort(detections[:, 0], kind="stable")]
-    return coco_metrics(truth, detections), detections
+    metrics = coco_metrics(truth, detections)
+    if has_difficult(truth):
+        metrics |= voc_metrics(truth, detections)
+    return metrics, detections
 
 
 def coco_results(detections):
@@ -213,8 +223,22 @@ def coco_metrics(truth, detections):
 
 
 def metrics_table(metrics):
-    """The twelve metrics as lines to print, or one line if they are all -1."""
+    """The twelve metrics, and VOC's where it was measured, as lines to print; one line if they are all -1."""
     if metrics["AP"] < 0:
         return "nothing to measure: the set has no boxes"
     rows = [METRICS[:3], METRICS[3:6], METRICS[6:9], METRICS[9:]]
-    return "\n".join("  ".join(f"{name:>5} {metrics[name]:.3f}" for name in row) for row in rows)
+    lines = ["  ".join(f"{name:>5} {metrics[name]:.3f}" for name in row) for row in rows]
+    voc = [f"{name} mAP {metrics[name]['mAP']:.3f}" for name in VOC_METRICS if name in metrics]
+    return "\n".join(lines + ["  ".join(voc)] * bool(voc))
+
+
+def class_table(metrics):
+    """AP of each class, COCO's and VOC's where it was measured, as lines to print."""
+    columns = {"AP": metrics["per_class"]}
+    columns |= {name: metrics[name]["per_class"] for name in VOC_METRICS if name in metrics}
+    width = max(map(len, metrics["per_class"]), default=0)
+    lines = [" " * width + "".join(f"{name:>7}" for name in columns)]
+    for name in metrics["per_class"]:
+        values = (f"{column[name]:7.3f}" if name in column else "      -" for column in columns.values())
+        lines.append(f"{name:<{width}}" + "".join(values))
+    return "\n".join(lines)

@@ -63,6 +63,10 @@ class SSD(nn.Module):
         for part in (self.additional_blocks, self.loc, self.conf):
             part.apply(init_convolution)
 
+    def first_layers(self):
+        """The backbone's layers up to stride 8 that `freeze` keeps: conv1 to conv3_x."""
+        return self.feature_extractor.feature_extractor[:6]
+
     def forward(self, images):
         """images (B, 3, 300, 300) -> loc (B, 8732, 4), cls_logits (B, 8732, C)."""
         maps = [self.feature_extractor(images)]
@@ -114,6 +118,10 @@ class SSDLite(nn.Module):
             if isinstance(module, nn.ReLU6):
                 module.inplace = False  # in place, autograd would copy its input
 
+    def first_layers(self):
+        """The backbone's layers up to stride 8 that `freeze` keeps: the first convolution and six blocks."""
+        return self.backbone.to_stride_16[:7]
+
     def forward(self, images):
         """images (B, 3, 300, 300) -> loc (B, 3000, 4), cls_logits (B, 3000, C)."""
         maps = list(self.backbone(images))
@@ -132,6 +140,11 @@ def extra_block(c_in, c_mid, c_out, stride, padding):
         nn.BatchNorm2d(c_out),
         nn.ReLU(inplace=True),
     )
+
+
+def freeze(network):
+    """Let the backbone's first layers keep their weights; in training their batch norms keep their statistics, too."""
+    network.first_layers().requires_grad_(False)
 
 
 def lite_head(c_in, c_out, cells):

@@ -17,9 +17,19 @@ from torch.utils.data import DataLoader
 from src.annotations import ground_truth
 from src.boxes import Encoder, make_default_boxes
 from src.dataset import CocoDataset
-from src.engine import LOG_EVERY, METRICS, coco_metrics, coco_results, deal, evaluate, metrics_table, train_one_epoch
+from src.engine import (
+    LOG_EVERY,
+    METRICS,
+    coco_metrics,
+    coco_results,
+    deal,
+    evaluate,
+    make_optimizer,
+    metrics_table,
+    train_one_epoch,
+)
 from src.loss import MultiBoxLoss
-from src.model import build_model
+from src.model import build_model, freeze
 from src.usage import UserError
 
 
@@ -300,6 +310,22 @@ def test_a_groups_factor_multiplies_its_learning_rate():
     assert model.w.item() == pytest.approx(-0.25 * total)
     assert model.v.item() == pytest.approx(-10 * total)
     assert figures["LR"] == pytest.approx(1.0)  # the last step's, without a factor
+
+
+def test_frozen_layers_keep_their_weights_and_statistics():
+    torch.manual_seed(0)
+    network = build_model("ssdlite", 3, pretrained_backbone=False)
+    freeze(network)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    targets = torch.zeros(2, 3000, 4), torch.ones(2, 3000, dtype=torch.int64)
+    loader = [(torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8), *targets, torch.arange(2))]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = make_optimizer(network, 0.01)
+    list(train_one_epoch(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 0.01, False))
+    after = network.state_dict()
+    for key in before:
+        frozen = key.startswith(tuple(f"backbone.to_stride_16.{n}." for n in range(7)))
+        assert torch.equal(before[key], after[key]) == frozen, key
 
 
 def test_the_progress_bar_says_how_long_a_step_waits_for_data(capfd):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What each module of src may import from src, beside usage, which everyone may.
-FOUNDATIONS = {"boxes", "loss", "transform", "distributed", "visualize", "images", "annotations"}
+FOUNDATIONS = {"boxes", "loss", "transform", "distributed", "visualize", "images", "annotations", "voc_metric"}
 BELOW = {name: set() for name in (*FOUNDATIONS, "usage")}
 BELOW["model"] = {"boxes"}
 BELOW["stopping"] = {"distributed"}

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from src.boxes import Encoder, make_default_boxes
 from src.loss import MultiBoxLoss
-from src.model import build_model
+from src.model import build_model, freeze
 
 REFERENCE = Path(__file__).parent / "reference"
 # Cells along each side of each map, default boxes per cell, and distance of neighbouring cells in pixels.
@@ -205,3 +205,16 @@ def test_ssdlites_relu6_copies_nothing_in_training_and_gives_the_same_gradients(
         clones.append(sum(event.count for event in profile.key_averages() if event.key == "aten::clone"))
     assert clones[1] - clones[0] == 53  # each ReLU6 of the network
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_freeze_keeps_the_backbone_up_to_stride_8(name):
+    network = build_model(name, 3, pretrained_backbone=False)
+    freeze(network)
+    assert network.first_layers()(torch.zeros(1, 3, 300, 300)).shape[2:] == (38, 38)
+    frozen = {key for key, p in network.named_parameters() if not p.requires_grad}
+    backbone = [key for key, _ in network.named_parameters() if key.startswith(("backbone.", "feature_extractor."))]
+    assert frozen < set(backbone)
+    # The first map of ssd is conv4's, that of ssdlite lies in block 14 of 17: both are still trained.
+    first_trained = {"ssd": "feature_extractor.feature_extractor.6.0", "ssdlite": "backbone.to_stride_16.7.conv.0"}
+    assert next(key for key in backbone if key not in frozen).startswith(first_trained[name])

@@ -30,6 +30,7 @@ from src.transform import resize
 from src.visualize import class_colour
 
 SHARED = Path(__file__).parents[2] / "shared"
+SHAPES = Path(__file__).parents[1] / "demo" / "ssdlite_shapes.pth"
 IMAGENET_FILE = "mobilenet_v2-7ebf99e0.pth"  # the name under which torchvision keeps its weights
 RECIPE = {"lr": 2.6e-3, "batch_size": 32, "warmup": 300, "multistep": [43, 54]}
 
@@ -186,6 +187,7 @@ def spied_main(rank, world_size, port, options, maps, file):
     def detector(network, name, classes, category_ids, device, amp):
         seen[-1]["buffers"] = {float(buffer.max()) for buffer in network.buffers()}
         seen[-1]["detector_amp"] = amp
+        seen[-1]["frozen"] = [name for name, p in network.named_parameters() if not p.requires_grad]
 
     def evaluate(detector, loader, truth, nms_threshold):
         seen[-1]["val_ids"] = [image_id for batch in loader for image_id in batch[1].tolist()]
@@ -221,6 +223,7 @@ def test_main_hands_on_its_options_and_keeps_the_best(run_main, tmp_path):
     assert [epoch["epoch"] for epoch in seen] == [0, 1, 2]
     for epoch in seen:
         assert epoch["amp"] and epoch["detector_amp"] and epoch["zoom_out"] and not epoch["ddp"]
+        assert not epoch["frozen"]
         assert epoch["nms_threshold"] == 0.4 and epoch["first"] == 0
         assert epoch["lr"] == pytest.approx(0.032 * 2 / 32 / 10)  # second epoch, batches of 2
         assert sorted(epoch["ids"]) == sorted(seen[0]["ids"]) and len(set(epoch["ids"])) == 12
@@ -230,6 +233,19 @@ def test_main_hands_on_its_options_and_keeps_the_best(run_main, tmp_path):
         state = torch.load(tmp_path / f"ssdlite{end}.pth", weights_only=True)
         assert (state["epoch"], state["best_map"]) == (finished, 0.3)
         assert state["samples_seen"] == 0
+
+
+def test_main_freezes_the_first_layers_of_a_checkpoint(run_main):
+    ((epoch,),) = run_main(1, [0.1], "--freeze", "--pretrained-model", SHAPES)
+    assert "backbone.to_stride_16.0.0.weight" in epoch["frozen"]
+    assert not any(name.startswith(("loc", "conf", "backbone.to_stride_32")) for name in epoch["frozen"])
+
+
+def test_random_weights_are_not_frozen(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--freeze", "--no-pretrained-backbone"])
+    with pytest.raises(SystemExit):
+        train.parse_args()
+    assert "random weights" in capsys.readouterr().err
 
 
 def test_a_validation_set_without_a_box_keeps_the_latest_as_best(run_main, tmp_path, capfd):

@@ -1,0 +1,76 @@
+"""PASCAL VOC's metric: average precision at an IoU of 0.5, as its development kits of 2007 and 2010 define it.
+
+Sets that `tools/voc.py` made have it: their annotations say which objects are `difficult`. Boxes are
+COCO's (x, y, width, height), which hold the last pixel as VOC's do, so the IoU is the kit's.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+from pycocotools.mask import iou
+
+
+def has_difficult(truth):
+    """True if the annotations of `truth` (pycocotools' COCO) say which objects are difficult."""
+    return bool(truth.anns) and all("difficult" in annotation for annotation in truth.anns.values())
+
+
+def voc_metrics(truth, detections):
+    """VOC's metric of detections (N, 7), as `engine.evaluate` returns them, against `truth` (pycocotools' COCO).
+
+    Returns {"VOC07": {"mAP": mean over the classes, "per_class": {class name: AP}}, "VOC10": the same};
+    a class without an object that is not difficult has no AP.
+    """
+    metrics = {key: {"mAP": -1.0, "per_class": {}} for key in ("VOC07", "VOC10")}
+    for category in truth.loadCats(truth.getCatIds()):
+        objects = truth.loadAnns(truth.getAnnIds(catIds=[category["id"]]))
+        num_objects = sum(not one["difficult"] for one in objects)
+        if num_objects:
+            right = judge(detections[detections[:, 6] == category["id"]], objects)
+            recall, precision = curve(right, num_objects)
+            metrics["VOC07"]["per_class"][category["name"]] = eleven_point_ap(recall, precision)
+            metrics["VOC10"]["per_class"][category["name"]] = area_ap(recall, precision)
+    for metric in metrics.values():
+        if metric["per_class"]:
+            metric["mAP"] = float(np.mean(list(metric["per_class"].values())))
+    return metrics
+
+
+def judge(detections, objects):
+    """Judge one class: whether each detection (N, 7) is right, in descending order of score, bool (M,).
+
+    Each is judged against the object of its image that it overlaps most. From an IoU of 0.5 it is
+    right, unless a better one has found that object before; if the object is difficult, the
+    detection is left out.
+    """
+    by_image = defaultdict(list)
+    for one in objects:
+        by_image[one["image_id"]].append(one)
+    found, right = set(), []
+    for image_id, *box, _, _ in detections[np.argsort(-detections[:, 5], kind="stable")].tolist():
+        here = by_image[image_id]
+        ious = iou([box], [one["bbox"] for one in here], [0] * len(here))[0] if here else [0.0]
+        best = int(np.argmax(ious))
+        if ious[best] < 0.5:
+            right.append(False)
+        elif not here[best]["difficult"]:
+            right.append((image_id, best) not in found)
+            found.add((image_id, best))
+    return np.array(right, bool)
+
+
+def curve(right, num_objects):
+    """Recall and precision, (M,) each, after each of the detections that `judge` saw."""
+    hits = right.cumsum()
+    return hits / num_objects, hits / np.arange(1, len(right) + 1)
+
+
+def eleven_point_ap(recall, precision):
+    """VOC 2007: mean over the recalls 0, 0.1, ... 1 of the best precision at that recall or a higher one."""
+    return float(np.mean([max(precision[recall >= point / 10], default=0.0) for point in range(11)]))
+
+
+def area_ap(recall, precision):
+    """VOC 2010: area under the curve, in which each precision is the best at that recall or a higher one."""
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0) * best))
