@@ -737,7 +737,7 @@ def test_a_mistake_takes_one_line_and_status_2(shapes, trained, tmp_path, monkey
             "train.py",
             "data-path train-set val-set model epochs batch-size amp lr momentum weight-decay"
             " multistep warmup nms-threshold num-workers save-folder save-every log-path"
-            " pretrained-model no-pretrained-backbone zoom-out seed",
+            " pretrained-model no-pretrained-backbone backbone-lr-factor freeze zoom-out seed",
         ),
         (
             "test_dataset.py",

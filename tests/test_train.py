@@ -54,6 +54,21 @@ def test_learning_rate_is_the_recipes(epoch, iteration, expected):
     assert train.learning_rate(args, 1000, 1, epoch, iteration) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "options, multistep",
+    [
+        ([], [43, 54]),  # the recipe's 65 epochs
+        (["--epochs", "40"], [26, 33]),
+        (["--epochs", "16"], [11, 13]),
+        (["--epochs", "16", "--multistep", "9"], [9]),
+        (["--epochs", "16", "--multistep"], []),  # never
+    ],
+)
+def test_the_learning_rate_falls_at_the_same_shares_of_any_number_of_epochs(monkeypatch, options, multistep):
+    monkeypatch.setattr("sys.argv", ["train.py", *options])
+    assert train.parse_args().multistep == multistep
+
+
 @pytest.mark.parametrize("batch_size, world_size, factor", [(32, 8, 8), (16, 1, 0.5), (4, 2, 0.25)])
 def test_learning_rate_grows_with_the_pictures_of_a_step(batch_size, world_size, factor):
     args = SimpleNamespace(**RECIPE | {"batch_size": batch_size})
@@ -300,4 +315,4 @@ def test_two_processes_share_gradients_pictures_and_buffers(run_main):
         assert not set(epoch["val_ids"]) & set(other["val_ids"])
         assert len(epoch["val_ids"] + other["val_ids"]) == 6
         assert epoch["buffers"] == other["buffers"] == {1.0}  # rank 0's
-        assert epoch["lr"] == pytest.approx(2.6e-3 * 2 * 2 / 32)
+        assert epoch["lr"] == pytest.approx(2.6e-3 * 2 * 2 / 32 / 10)  # the second of two epochs
