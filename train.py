@@ -57,8 +57,8 @@ def parse_args():
     add("--epochs", type=positive, default=65, help="passes over the training images")
     add("--batch-size", type=usage.number(int, 2), default=32, help="images per process and step")
     add("--lr", type=rate, default=2.6e-3, help="for 32 images per step; scaled with their number")
-    factor = "learning rate of the backbone as a multiple of --lr; below 1 to fine-tune"
-    add("--backbone-lr-factor", type=rate, default=1.0, metavar="FACTOR", help=factor)
+    factor = "learning rate of the backbone as a multiple of --lr (default: 1, with --freeze 0.1)"
+    add("--backbone-lr-factor", type=rate, metavar="FACTOR", help=factor)
     milestones = "epochs after which the learning rate is divided by 10 (default: 43/65 and 54/65 of --epochs)"
     add("--multistep", type=positive, nargs="*", metavar="EPOCH", help=milestones)
     add("--warmup", type=natural, help="iterations (default: 300, but at most the first epoch)")
@@ -72,6 +72,8 @@ def parse_args():
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; LOCAL_RANK is used
     args = parser.parse_args()
+    if args.backbone_lr_factor is None:
+        args.backbone_lr_factor = 0.1 if args.freeze else 1.0
     if args.multistep is None:
         args.multistep = [round(args.epochs * share / 65) for share in (43, 54)]
     if args.freeze and args.no_pretrained_backbone and not args.pretrained_model:

@@ -256,6 +256,14 @@ def test_main_freezes_the_first_layers_of_a_checkpoint(run_main):
     assert not any(name.startswith(("loc", "conf", "backbone.to_stride_32")) for name in epoch["frozen"])
 
 
+@pytest.mark.parametrize(
+    "options, factor", [([], 1), (["--freeze"], 0.1), (["--freeze", "--backbone-lr-factor", "0.3"], 0.3)]
+)
+def test_what_is_not_frozen_of_the_backbone_learns_at_a_tenth(monkeypatch, options, factor):
+    monkeypatch.setattr("sys.argv", ["train.py", *options])
+    assert train.parse_args().backbone_lr_factor == factor
+
+
 def test_random_weights_are_not_frozen(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--freeze", "--no-pretrained-backbone"])
     with pytest.raises(SystemExit):
