@@ -68,7 +68,7 @@ def main():
         drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], detector.classes)
         Image.fromarray(drawn).save(output / f"{image_id}.jpg", quality=90)
     print(metrics_table(metrics))
-    if "VOC07" in metrics:
+    if "VOC07" in metrics and metrics["per_class"]:
         print(class_table(metrics))
     print(f"{len(dataset)} images, detections.json, metrics.json -> {output}")
 

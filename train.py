@@ -75,7 +75,7 @@ def parse_args():
     if args.backbone_lr_factor is None:
         args.backbone_lr_factor = 0.1 if args.freeze else 1.0
     if args.multistep is None:
-        args.multistep = [round(args.epochs * share / 65) for share in (43, 54)]
+        args.multistep = sorted({round(args.epochs * share / 65) for share in (43, 54)})
     if args.freeze and args.no_pretrained_backbone and not args.pretrained_model:
         parser.error("--freeze would keep random weights: leave out --no-pretrained-backbone")
     return args

@@ -66,7 +66,7 @@ def read_annotations(path):
         for number, annotation in enumerate(data["annotations"], start=1):
             annotation["id"] = number
     repairs["crowd regions not trained on"] = sum(not trained_on(a) for a in data["annotations"])
-    repairs["difficult objects not evaluated"] = sum(a.get("difficult", 0) for a in data["annotations"])
+    repairs["difficult objects not evaluated"] = sum(a["iscrowd"] and trained_on(a) for a in data["annotations"])
     return data, +repairs  # without what was counted 0 times
 
 
@@ -126,16 +126,14 @@ def repair(annotation, size, repairs):
     if annotation.get("iscrowd") is None:
         annotation["iscrowd"] = 0
         repairs["missing iscrowd taken as 0"] += 1
-    for flag in ("iscrowd", "difficult"):
-        if annotation.get(flag, 0) not in (0, 1):
-            raise ValueError(f"{flag} {annotation[flag]!r}")
-    annotation["iscrowd"] |= annotation.get("difficult", 0)  # ignored in evaluation
+    if annotation["iscrowd"] not in (0, 1):
+        raise ValueError(f"iscrowd {annotation['iscrowd']!r}")
     return True
 
 
 def trained_on(annotation):
-    """False for a crowd. VOC's difficult objects are ignored in evaluation alone: the paper's code trains on them."""
-    return not annotation["iscrowd"] or annotation.get("difficult", 0) == 1
+    """False for a crowd. VOC's difficult objects are crowds (tools/voc.py) that the paper's code trains on."""
+    return not annotation["iscrowd"] or annotation.get("difficult") == 1
 
 
 @no_garbage_collection()

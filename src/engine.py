@@ -17,11 +17,10 @@ from src import distributed
 from src.annotations import as_coco
 from src.transform import normalize
 from src.usage import UserError
-from src.voc_metric import has_difficult, voc_metrics
+from src.voc_metric import VOC_METRICS, has_difficult, voc_metrics
 
 LOG_EVERY = 10  # steps; losses are read, which waits for the device, only this often
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
-VOC_METRICS = ("VOC07", "VOC10")
 
 
 def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=1.0, stopped=None):
@@ -225,7 +224,7 @@ def coco_metrics(truth, detections):
 def metrics_table(metrics):
     """The twelve metrics, and VOC's where it was measured, as lines to print; one line if they are all -1."""
     if metrics["AP"] < 0:
-        return "nothing to measure: the set has no boxes"
+        return "nothing to measure: the set has no boxes to find"
     rows = [METRICS[:3], METRICS[3:6], METRICS[6:9], METRICS[9:]]
     lines = ["  ".join(f"{name:>5} {metrics[name]:.3f}" for name in row) for row in rows]
     voc = [f"{name} mAP {metrics[name]['mAP']:.3f}" for name in VOC_METRICS if name in metrics]
@@ -239,6 +238,5 @@ def class_table(metrics):
     width = max(map(len, metrics["per_class"]), default=0)
     lines = [" " * width + "".join(f"{name:>7}" for name in columns)]
     for name in metrics["per_class"]:
-        values = (f"{column[name]:7.3f}" if name in column else "      -" for column in columns.values())
-        lines.append(f"{name:<{width}}" + "".join(values))
+        lines.append(f"{name:<{width}}" + "".join(f"{column[name]:7.3f}" for column in columns.values()))
     return "\n".join(lines)

@@ -1,13 +1,16 @@
 """PASCAL VOC's metric: average precision at an IoU of 0.5, as its development kits of 2007 and 2010 define it.
 
-Sets that `tools/voc.py` made have it: their annotations say which objects are `difficult`. Boxes are
-COCO's (x, y, width, height), which hold the last pixel as VOC's do, so the IoU is the kit's.
+Sets that `tools/voc.py` made have it: their annotations say which objects are `difficult`, and those are
+crowds to COCO. Boxes are COCO's (x, y, width, height), which hold the last pixel as VOC's do, so the
+IoU is the kit's.
 """
 
 from collections import defaultdict
 
 import numpy as np
 from pycocotools.mask import iou
+
+VOC_METRICS = ("VOC07", "VOC10")
 
 
 def has_difficult(truth):
@@ -21,12 +24,12 @@ def voc_metrics(truth, detections):
     Returns {"VOC07": {"mAP": mean over the classes, "per_class": {class name: AP}}, "VOC10": the same};
     a class without an object that is not difficult has no AP.
     """
-    metrics = {key: {"mAP": -1.0, "per_class": {}} for key in ("VOC07", "VOC10")}
+    metrics = {key: {"mAP": -1.0, "per_class": {}} for key in VOC_METRICS}
     for category in truth.loadCats(truth.getCatIds()):
         objects = truth.loadAnns(truth.getAnnIds(catIds=[category["id"]]))
-        num_objects = sum(not one["difficult"] for one in objects)
+        num_objects = sum(not one["iscrowd"] for one in objects)
         if num_objects:
-            right = judge(detections[detections[:, 6] == category["id"]], objects)
+            right = right_or_wrong(detections[detections[:, 6] == category["id"]], objects)
             recall, precision = curve(right, num_objects)
             metrics["VOC07"]["per_class"][category["name"]] = eleven_point_ap(recall, precision)
             metrics["VOC10"]["per_class"][category["name"]] = area_ap(recall, precision)
@@ -36,7 +39,7 @@ def voc_metrics(truth, detections):
     return metrics
 
 
-def judge(detections, objects):
+def right_or_wrong(detections, objects):
     """Judge one class: whether each detection (N, 7) is right, in descending order of score, bool (M,).
 
     Each is judged against the object of its image that it overlaps most. From an IoU of 0.5 it is
@@ -53,20 +56,21 @@ def judge(detections, objects):
         best = int(np.argmax(ious))
         if ious[best] < 0.5:
             right.append(False)
-        elif not here[best]["difficult"]:
+        elif not here[best]["iscrowd"]:
             right.append((image_id, best) not in found)
             found.add((image_id, best))
     return np.array(right, bool)
 
 
 def curve(right, num_objects):
-    """Recall and precision, (M,) each, after each of the detections that `judge` saw."""
+    """Recall and precision, (M,) each, after each of the detections that `right_or_wrong` saw."""
     hits = right.cumsum()
     return hits / num_objects, hits / np.arange(1, len(right) + 1)
 
 
 def eleven_point_ap(recall, precision):
     """VOC 2007: mean over the recalls 0, 0.1, ... 1 of the best precision at that recall or a higher one."""
+    # point / 10 is what 3 of 10 objects give; 3 * 0.1 would be a little more.
     return float(np.mean([max(precision[recall >= point / 10], default=0.0) for point in range(11)]))
 
 

@@ -52,6 +52,27 @@ def small_dataset(folder, annotations=(), images=None, categories=CATEGORIES):
     return file
 
 
+def voc_image(kit, year, stem, objects, size=(200, 100), ending=".jpg"):
+    """One image of a VOC development kit and its XML; objects are (name, difficult, corners), as VOC writes them."""
+    folder = kit / f"VOC{year}"
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (9, 99, 199)).save(folder / "JPEGImages" / f"{stem}{ending}")
+    corners = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+    nodes = "".join(
+        f"<object><name>{name}</name><pose>Left</pose><difficult>{difficult}</difficult>"
+        f"<bndbox>{corners.format(*box)}</bndbox><part><name>head</name><bndbox/></part></object>"
+        for name, difficult, box in objects
+    )
+    size = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    (folder / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{size}{nodes}</annotation>")
+
+
+def voc_list(kit, year, name, text):
+    """A list of a VOC development kit."""
+    (kit / f"VOC{year}" / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+
+
 def tensors(boxes, labels):
     """Objects as `Encoder.encode` takes them: boxes (G, 4) float32, labels (G,) int64."""
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels).long()

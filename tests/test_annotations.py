@@ -34,7 +34,8 @@ def test_boxes_without_area_are_left_out_and_counted(tmp_path):
 
 
 def test_difficult_objects_are_trained_on_and_ignored_in_evaluation(tmp_path):
-    file = small_dataset(tmp_path, [box(10, [0, 0, 9, 9], difficult=1), box(10, [5, 5, 40, 40], difficult=0)])
+    difficult, ordinary = box(10, [0, 0, 9, 9], iscrowd=1, difficult=1), box(10, [5, 5, 40, 40], difficult=0)
+    file = small_dataset(tmp_path, [difficult, ordinary])
     data = CocoDataset(tmp_path, "set")
     assert len(data.boxes) == 2 and dict(data.repairs) == {"difficult objects not evaluated": 1}
     assert [a["iscrowd"] for a in ground_truth(file).anns.values()] == [1, 0]
@@ -82,6 +83,7 @@ def test_good_annotations_are_left_as_they_are(tmp_path):
     [
         lambda image, annotation: image.update(width=float(image["width"])),
         lambda image, annotation: annotation.update(iscrowd=False),
+        lambda image, annotation: annotation.update(difficult="Unspecified"),  # no business of COCO's
         lambda image, annotation: annotation.update(id="a1"),
         lambda image, annotation: annotation.update(area="12"),
         lambda image, annotation: annotation.update(area=float("nan")),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from runs import ENV, ROOT
+from samples import voc_image, voc_list
 
 from demo.shapes import make_dataset
 
@@ -28,7 +29,7 @@ COMMANDS = [
 ]
 COMMANDS = list(dict.fromkeys(COMMANDS))
 OURS = [c for c in COMMANDS if re.search(r"(\w+\.py|(demo|tools)\.\w+)( |$)", c)]
-QUICK = "--epochs 1 --multistep 1 --no-pretrained-backbone --batch-size 2 --num-workers 0".split()
+QUICK = "--epochs 1 --no-pretrained-backbone --batch-size 2 --num-workers 0".split()
 ELSEWHERE = {
     "git": "the network",
     "pip": "the network: done by make test",
@@ -99,6 +100,10 @@ def test_commands_run_one_after_the_other(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     make_dataset(tmp_path / "my_data", train=8, val=4)
+    for year, name in ("2007", "trainval"), ("2012", "trainval"), ("2007", "test"):
+        for stem in (f"{name}1", f"{name}2"):
+            voc_image(tmp_path / "VOCdevkit", year, stem, [("cup", 0, (11, 11, 99, 90)), ("cup", 1, (1, 1, 20, 20))])
+        voc_list(tmp_path / "VOCdevkit", year, name, f"{name}1\n{name}2\n")
     (tmp_path / "folder").mkdir()
     for photo in ("a.jpg", "your_photo.jpg", "folder/a.jpg"):
         shutil.copy(next((tmp_path / "my_data" / "val2017").iterdir()), tmp_path / photo)
@@ -118,6 +123,8 @@ def test_commands_run_one_after_the_other(tmp_path):
             model = words[words.index("--model") + 1] if "--model" in words else "ssd"
             (tmp_path / "trained_models" / f"{model}.pth").unlink(missing_ok=True)
             words += QUICK
+            if "--pretrained-model" not in words:  # --freeze is for trained weights
+                words = [word for word in words if word != "--freeze"]
         small = {"--nproc_per_node=8": "--nproc_per_node=2", "--nnodes=2": "--nnodes=1"}
         words = [small.get(word, word) for word in words]
         words = [word.replace("HOST:29500", "localhost:29533") for word in words]

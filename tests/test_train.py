@@ -60,6 +60,7 @@ def test_learning_rate_is_the_recipes(epoch, iteration, expected):
         ([], [43, 54]),  # the recipe's 65 epochs
         (["--epochs", "40"], [26, 33]),
         (["--epochs", "16"], [11, 13]),
+        (["--epochs", "4"], [3]),  # once, not twice after the same epoch
         (["--epochs", "16", "--multistep", "9"], [9]),
         (["--epochs", "16", "--multistep"], []),  # never
     ],

@@ -9,13 +9,14 @@ from samples import small_dataset
 
 from src.annotations import as_coco
 from src.engine import class_table, metrics_table
-from src.voc_metric import area_ap, eleven_point_ap, has_difficult, judge, voc_metrics
+from src.voc_metric import area_ap, eleven_point_ap, has_difficult, right_or_wrong, voc_metrics
 
 
 def truth(*objects, names=("cat", "dog")):
     """pycocotools' COCO of objects (image id, category id, bbox, difficult)."""
     keys = ("image_id", "category_id", "bbox", "difficult")
     annotations = [dict(zip(keys, one, strict=True)) | {"id": n} for n, one in enumerate(objects, start=1)]
+    annotations = [a | {"iscrowd": a["difficult"]} for a in annotations]
     categories = [{"id": n, "name": name} for n, name in enumerate(names, start=1)]
     images = [{"id": image} for image in sorted({one[0] for one in objects})]
     return as_coco({"images": images, "categories": categories, "annotations": annotations})
@@ -26,8 +27,8 @@ def row(image_id, bbox, score, category=1):
 
 
 def judged(objects, *detections):
-    """What `judge` says of detections of class 1."""
-    return judge(np.array(detections, float).reshape(-1, 7), truth(*objects).dataset["annotations"]).tolist()
+    """What `right_or_wrong` says of detections of class 1."""
+    return right_or_wrong(np.array(detections, float).reshape(-1, 7), truth(*objects).dataset["annotations"]).tolist()
 
 
 BOX, SAME_BY_HALF = [10, 10, 40, 40], [10, 10, 40, 80]  # IoU exactly 0.5
@@ -62,7 +63,7 @@ def test_another_image_s_object_is_not_found():
     assert judged([(1, 1, BOX, 0)]) == []
 
 
-def test_an_edge_of_one_pixel_as_the_kit_counts_it(tmp_path):
+def test_an_edge_of_one_pixel_as_the_kit_counts_it():
     """In the kit's pixels, 1 to 2 is two wide and 2 to 3, too; they share one of three: 1/3, not 0."""
     objects = [(1, 1, [0, 0, 2, 1], 0)]  # xmin 1, xmax 2, as tools/voc.py writes it
     assert judged(objects, row(1, [0, 0, 1, 1], 0.9)) == [True]  # one pixel of two: 1/2
@@ -155,10 +156,10 @@ def test_only_sets_with_difficult_have_the_metric(tmp_path):
 def test_printed_by_class():
     metrics = {name: 0.5 for name in "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()}
     metrics["per_class"] = {"cat": 0.25, "aeroplane": 0.5}
-    metrics["VOC07"] = {"mAP": 0.625, "per_class": {"cat": 0.625}}
-    metrics["VOC10"] = {"mAP": 0.75, "per_class": {"cat": 0.75}}
+    metrics["VOC07"] = {"mAP": 0.625, "per_class": {"cat": 0.625, "aeroplane": 0.75}}
+    metrics["VOC10"] = {"mAP": 0.75, "per_class": {"cat": 0.75, "aeroplane": 0.875}}
     assert metrics_table(metrics).splitlines()[-1] == "VOC07 mAP 0.625  VOC10 mAP 0.750"
     header, cat, aeroplane = class_table(metrics).splitlines()
     assert header.split() == ["AP", "VOC07", "VOC10"]
     assert cat.split() == ["cat", "0.250", "0.625", "0.750"]
-    assert aeroplane.split() == ["aeroplane", "0.500", "-", "-"]
+    assert aeroplane.split() == ["aeroplane", "0.500", "0.750", "0.875"]
