@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from runs import run
 from samples import voc_image, voc_list
 
