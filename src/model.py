@@ -81,7 +81,7 @@ class MobileNetV2Backbone(nn.Module):
         block14 = features[14].conv  # 1x1 expansion, 3x3 depthwise with stride 2, 1x1 projection
         self.to_stride_16 = nn.Sequential(*features[:14], block14[0])
         self.to_stride_32 = nn.Sequential(*block14[1:], *features[15:])
-        # Zeros, or for published weights the mean that their pixels had, where ImageNet's is zero.
+        # Subtracted from normalised pixels: not zero only in weights trained with another mean than ImageNet's.
         self.register_buffer("mean", torch.zeros(3, 1, 1))
 
     def forward(self, images):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference.inputs import image, lite_weights
+from reference.inputs import image
 from runs import same
+from samples import mb2_ssd_lite
 
 from src import checkpoint
 from src.boxes import Encoder, make_default_boxes
@@ -329,8 +330,7 @@ def test_coco_names_and_ids_are_those_of_its_annotation_file():
 @pytest.fixture(scope="module")
 def mb2():
     """Weights of its mb2-ssd-lite, of VOC's classes; not to be changed."""
-    shapes = json.loads((REFERENCE / "ssdlite_mobilenetv2_state_dict.json").read_text())
-    return {name: torch.from_numpy(values) for name, values in lite_weights(shapes).items()}
+    return mb2_ssd_lite()
 
 
 def of_classes(mb2, num_classes):
