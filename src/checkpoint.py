@@ -245,7 +245,7 @@ def convert_qfgaohao(published, num_classes, path):
         layer = layer.replace("regression_headers", "loc").replace("classification_headers", "conf")
         weights[f"{names.get(layer, layer)}.{parameter}"] = values
     # 2. Pixels: (x - 127) / 128. The deviation is folded into the first convolution. The mean cannot be, since
-    # the convolution pads with zeros after it is subtracted: the network subtracts it.
+    # that pads with zeros after it is subtracted: the network subtracts it. Exact, but for float32's rounding.
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]  # (3, 1, 1) each
     fill(network, weights | {"backbone.mean": (127 / 255 - mean) / std}, path)
     network.backbone.to_stride_16[0][0].weight.mul_(255 / 128 * std)
