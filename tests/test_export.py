@@ -141,12 +141,12 @@ def test_a_published_ssdlite_detects_the_same(tmp_path):
     run("export.py", "--pretrained-model", tmp_path / "mb2.pth", "--output", tmp_path / "mb2.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "mb2.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["background", *VOC_CLASSES]
-    threshold = np.array(0.7, np.float32)
-    boxes, labels, scores = session.run(None, {"image": image(0), "score_threshold": threshold})
-    expected = Detector.load(tmp_path / "mb2.pth", device="cpu")([image(0)], 0.7)[0]
-    # These weights amplify rounding, here and in the reference values.
-    assert_same({"boxes": boxes, "labels": labels, "scores": scores}, expected, pixels=0.3, score=3e-3)
-    assert len(scores) > 20
+    boxes, labels, scores = session.run(None, {"image": image(0)})
+    expected = Detector.load(tmp_path / "mb2.pth", device="cpu")([image(0)], 0.3)[0]
+    for box, label, score in zip(*(expected[key][:20].numpy() for key in ("boxes", "labels", "scores")), strict=True):
+        # These weights amplify rounding.
+        same = (labels == label) & (abs(boxes - box).max(axis=1) < 1) & (abs(scores - score) < 0.01)
+        assert same.any()
 
 
 def test_nothing_found_is_empty(pair):
