@@ -25,7 +25,7 @@ from tqdm import tqdm
 from src import distributed, stopping
 from src.annotations import ground_truth
 from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes
-from src.checkpoint import find_stopped_run, save_run, start_network
+from src.checkpoint import find_stopped_run, load_checkpoint, save_run, start_network
 from src.dataset import CocoDataset, TrainSampler, check_categories
 from src.detector import Detector
 from src.distributed import say
@@ -48,8 +48,8 @@ def parse_args():
     add("--zoom-out", action="store_true", help="the paper's expansion (section 3.6)")
     add("--num-workers", type=natural, default=4, help="loading processes per training process")
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=list(DEFAULT_BOXES), default="ssd", help="SSD-ResNet50 or SSDLite-MobileNetV2")
-    add("--pretrained-model", help="checkpoint to fine-tune")
+    add("--model", choices=list(DEFAULT_BOXES), help="default: that of --pretrained-model, else ssd")
+    add("--pretrained-model", help="checkpoint to fine-tune, from train.py or published")
     add("--no-pretrained-backbone", action="store_true", help="start from random weights, without ImageNet's")
     add("--freeze", action="store_true", help="keep the backbone's layers up to stride 8 as they are; to fine-tune")
     add("--nms-threshold", type=fraction, default=0.5, help="IoU above which a weaker box is removed")
@@ -72,6 +72,8 @@ def parse_args():
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; LOCAL_RANK is used
     args = parser.parse_args()
+    if args.model is None:
+        args.model = load_checkpoint(args.pretrained_model)["model"] if args.pretrained_model else "ssd"
     if args.backbone_lr_factor is None:
         args.backbone_lr_factor = 0.1 if args.freeze else 1.0
     if args.multistep is None:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from src import distributed
+from src.boxes import DEFAULT_BOXES
 from src.distributed import say
 from src.model import MODELS, build_model
+from src.transform import IMAGENET_MEAN, IMAGENET_STD
 from src.usage import UserError
 
 # COCO's 80 classes in the order of their category ids, which run from 1 to 90 with ten gaps.
@@ -26,6 +28,28 @@ COCO_CLASSES = (
     "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
 ).split(",")
 COCO_CATEGORY_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+VOC_CLASSES = (
+    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,"
+    "motorbike,person,pottedplant,sheep,sofa,train,tvmonitor"
+).split(",")
+VOC_TO_COCO = {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+OTHER_NAME = VOC_TO_COCO | {coco: voc for voc, coco in VOC_TO_COCO.items()}
+# The networks of qfgaohao/pytorch-ssd, each with a parameter that none of those below it has.
+QFGAOHAO_NETWORKS = {
+    "base_net.3.squeeze.weight": "sq-ssd-lite",
+    "base_net.3.conv1.weight": "mb3-ssd-lite",
+    "source_layer_add_ons.0.weight": "vgg16-ssd",
+    "extras.0.2.0.weight": "mb1-ssd-lite",
+    "base_net.1.0.weight": "mb1-ssd",
+    "base_net.1.conv.0.weight": "mb2-ssd-lite",
+}
 OUR_KEYS = ("model_state_dict", "classes", "category_ids")
 
 
@@ -130,37 +154,112 @@ def load_checkpoint(path):
         missing = [key for key in OUR_KEYS if key not in state]
         if missing or state["model"] not in MODELS:
             raise UserError(f"{path}: model {state['model']!r}, missing {missing}: not one of ours")
+        if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's
+            state["model_state_dict"].setdefault("backbone.mean", torch.zeros(3, 1, 1))
         return state | {"layout": f"checkpoint of this project, {state['model']}"}
-    if isinstance(state.get("model"), dict):
+    return read_published(state, path)
+
+
+def read_published(state, path):
+    """Read one of the three published layouts as a dict with our keys; UserError if it is none of them."""
+    names = names_from(state.get("label_map"), path)
+    if isinstance(state.get("model"), dict):  # NVIDIA's SSD-ResNet50: {"model": weights, "label_map": names, ...}
+        model, weights = "ssd", state["model"]
         layout = "published SSD-ResNet50, 'model'" + " with 'label_map'" * ("label_map" in state)
-        weights = state["model"]
-    elif isinstance(state.get("model_state_dict"), dict):
-        layout, weights = "published SSD-ResNet50, 'model_state_dict'", state["model_state_dict"]
+    elif isinstance(state.get("model_state_dict"), dict):  # uvipen's SSD-ResNet50: {"model_state_dict": weights, ...}
+        model, weights = "ssd", state["model_state_dict"]
+        layout = "published SSD-ResNet50, 'model_state_dict'"
+    elif isinstance(state.get("classification_headers.5.bias"), torch.Tensor):  # qfgaohao's SSDLite: bare weights
+        num_classes = state["classification_headers.5.bias"].numel() // DEFAULT_BOXES["ssdlite"].per_cell[-1]
+        refuse_other_networks(state, path)
+        model, weights = "ssdlite", convert_qfgaohao(state, num_classes, path)
+        names, origin = names_beside(path, num_classes - 1)
+        layout = f"published SSDLite-MobileNetV2, {origin}"
     else:
         raise UserError(
             f"{path}: keys {sorted(map(str, state))[:6]} are of no known checkpoint;"
             " bare weights of SSD-ResNet50 go into {'model_state_dict': weights}"
         )
     return {
-        "model": "ssd",
+        "model": model,
         "model_state_dict": {k.removeprefix("module."): v for k, v in weights.items()},
-        **published_classes(state.get("label_map"), path),
+        "classes": ["background", *names],
+        "category_ids": COCO_CATEGORY_IDS if names == COCO_CLASSES else list(range(1, 1 + len(names))),
         "layout": layout,
     }
 
 
-def published_classes(label_map, path):
-    """Class names from a published checkpoint's {0: "background", 1: "person", ...}, or COCO's.
+def names_from(label_map, path):
+    """Class names from a published checkpoint's {0: "background", 1: "person", ...}, or COCO's."""
+    if not label_map:
+        return COCO_CLASSES
+    if not isinstance(label_map, dict) or set(label_map) != set(range(len(label_map))):
+        raise UserError(f"{path}: 'label_map' is not {{0: 'background', 1: a name, ...}}")
+    return [str(label_map[k]) for k in range(1, len(label_map))]
 
-    Category ids are COCO's for COCO's names, else 1, 2, 3, ...
-    """
-    names = COCO_CLASSES
-    if label_map:
-        if not isinstance(label_map, dict) or set(label_map) != set(range(len(label_map))):
-            raise UserError(f"{path}: 'label_map' is not {{0: 'background', 1: a name, ...}}")
-        names = [str(label_map[k]) for k in range(1, len(label_map))]
-    ids = COCO_CATEGORY_IDS if names == COCO_CLASSES else list(range(1, 1 + len(names)))
-    return {"classes": ["background", *names], "category_ids": ids}
+
+def names_beside(path, count):
+    """Names of `count` classes from labels.txt beside the checkpoint, or VOC's; and where they are from."""
+    names, origin = [f"class {n}" for n in range(1, 1 + count)], "no names: put a labels.txt beside it"
+    if count == len(VOC_CLASSES):
+        names, origin = VOC_CLASSES, "VOC's classes"
+    file = Path(path).with_name("labels.txt")
+    if not file.is_file():
+        return names, origin
+    labels = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    labels = [label.strip() for label in labels if label.strip()]
+    if labels and labels[0].lower() == "background":
+        del labels[0]
+    if len(labels) != count:
+        return names, f"{origin} ({file} has {len(labels)} names, not {count}: not used)"
+    return labels, f"names from {file}"
+
+
+def refuse_other_networks(published, path):
+    """UserError for the weights of qfgaohao's other networks."""
+    kind = next((name for key, name in QFGAOHAO_NETWORKS.items() if key in published), "an unknown network")
+    if kind == "mb2-ssd-lite":
+        width = len(published.get("base_net.0.0.weight", ())) / 32
+        if width == 1:
+            return
+        kind = f"{kind} of width {width:g}"
+    raise UserError(f"{path}: {kind} of qfgaohao/pytorch-ssd is not supported: use its mb2-ssd-lite of width 1")
+
+
+@torch.no_grad()
+def convert_qfgaohao(published, num_classes, path):
+    """Turn the weights of qfgaohao's mb2-ssd-lite into ours, which compute the same from an image."""
+    network = build_model("ssdlite", num_classes, pretrained_backbone=False)
+    separable = [head for head in (*network.loc, *network.conf) if isinstance(head, nn.Sequential)]
+    for head in separable:
+        head[0].bias = nn.Parameter(torch.zeros(head[0].out_channels))  # theirs has one
+    # 1. Names. Theirs number the layers of a block in one row, activations included; ours are in groups.
+    blocks = [("base_net.0", 3), ("base_net.1.conv", 5), *((f"base_net.{n}.conv", 8) for n in range(2, 18))]
+    blocks += [("base_net.18", 3), *((f"extras.{n}.conv", 8) for n in range(4))]
+    theirs = [f"{block}.{n}" for block, layers in blocks for n in range(layers)]
+    ours = [name for name, layer in network.named_modules() if not list(layer.children())]
+    names = dict(zip(theirs, (name for name in ours if not name.startswith(("loc", "conf"))), strict=True))
+    weights = {}
+    for name, values in published.items():
+        layer, _, parameter = name.rpartition(".")
+        layer = layer.replace("regression_headers", "loc").replace("classification_headers", "conf")
+        weights[f"{names.get(layer, layer)}.{parameter}"] = values
+    # 2. Pixels: (x - 127) / 128. The deviation is folded into the first convolution. The mean cannot be, since
+    # that pads with zeros after it is subtracted: the network subtracts it. Exact, but for float32's rounding.
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]  # (3, 1, 1) each
+    fill(network, weights | {"backbone.mean": (127 / 255 - mean) / std}, path)
+    network.backbone.to_stride_16[0][0].weight.mul_(255 / 128 * std)
+    # 3. A bias before a batch norm becomes part of its mean.
+    for head in separable:
+        head[1].running_mean -= head[0].bias
+        head[0].bias = None
+    # 4. A head's channels: box * values + value there, value * boxes + box here.
+    for heads, values in ((network.loc, 4), (network.conf, num_classes)):
+        for head in heads:
+            last = head[-1] if head in separable else head
+            for parameter in (last.weight, last.bias):
+                parameter.copy_(parameter.unflatten(0, (-1, values)).transpose(0, 1).flatten(0, 1))
+    return network.state_dict()
 
 
 def model_of(checkpoint, path):
@@ -199,15 +298,17 @@ def fill(model, weights, path):
 def fine_tune_from(model, checkpoint, classes, path):
     """Fill `model` for another task; returns one line that says what was taken.
 
-    Rows of the class heads follow the names of the classes; only those of new names start fresh.
+    Rows of the class heads follow the names of the classes, VOC's or COCO's; only those of new names
+    start fresh.
     """
     known = checkpoint["classes"]
     source = type(model)(model.default_boxes, len(known), pretrained_backbone=False)
     fill(source, checkpoint["model_state_dict"], path)
     weights, own = source.state_dict(), model.state_dict()
     # Row 0 is ours; a category of the user's may be called "background", too.
-    here = [0, *(n for n, name in enumerate(classes) if n > 0 and name in known[1:])]
-    there = [0, *(known.index(classes[n], 1) for n in here[1:])]
+    names = [name if name in known[1:] else OTHER_NAME.get(name) for name in classes]  # as the checkpoint has them
+    here = [0, *(n for n, name in enumerate(names) if n > 0 and name in known[1:])]
+    there = [0, *(known.index(names[n], 1) for n in here[1:])]
     for layer, module in model.named_modules():
         # The layer that classifies, in either model: a head's only convolution with a bias.
         if layer.startswith("conf.") and isinstance(module, nn.Conv2d) and module.bias is not None:

@@ -85,10 +85,12 @@ class MobileNetV2Backbone(nn.Module):
         block14 = features[14].conv  # 1x1 expansion, 3x3 depthwise with stride 2, 1x1 projection
         self.to_stride_16 = nn.Sequential(*features[:14], block14[0])
         self.to_stride_32 = nn.Sequential(*block14[1:], *features[15:])
+        # Subtracted from normalised pixels: not zero only in weights trained with another mean than ImageNet's.
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
 
     def forward(self, images):
         """(B, 3, 300, 300) -> (B, 576, 19, 19), (B, 1280, 10, 10)."""
-        expansion = self.to_stride_16(images)
+        expansion = self.to_stride_16(images - self.mean)
         return expansion, self.to_stride_32(expansion)
 
 

@@ -3,12 +3,13 @@
 import bisect
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from reference.inputs import image as reference_image
-from reference.inputs import weights
+from reference.inputs import lite_weights, weights
 
 from src.model import build_model
 
@@ -102,6 +103,13 @@ def reference_network(name, num_classes=81):
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     model.load_state_dict({key: torch.from_numpy(v) for key, v in weights(shapes).items()})
     return model
+
+
+def mb2_ssd_lite():
+    """Reference weights under the names of qfgaohao/pytorch-ssd's mb2-ssd-lite, for VOC's classes."""
+    names = Path(__file__).parent / "reference" / "ssdlite_mobilenetv2_state_dict.json"
+    arrays = lite_weights(json.loads(names.read_text()))
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
 def forward(model, images):

@@ -7,16 +7,23 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from reference.inputs import image
 from runs import same
+from samples import mb2_ssd_lite
 
 from src import checkpoint
+from src.boxes import Encoder, make_default_boxes
 from src.checkpoint import fine_tune_from, load_checkpoint, model_of, save_checkpoint
 from src.model import build_model
+from src.transform import normalize
 from src.usage import UserError
 
 COCO_FILE = Path(__file__).parents[2] / "shared/data/coco_real/annotations/instances_val2017.json"
+REFERENCE = Path(__file__).parent / "reference"
 CLASSES = ["background", "cat", "dog"]
 SMALL = {"model": "ssd", "model_state_dict": {}, "classes": ["background"], "category_ids": []}
 
@@ -222,6 +229,13 @@ def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, change
         model_of(load_checkpoint(path), path)
 
 
+def test_an_ssdlite_of_before_the_mean_is_read(tmp_path, lite):
+    state, path = state_of(lite), tmp_path / "a.pth"
+    del state["model_state_dict"]["backbone.mean"]
+    save_checkpoint(path, state)
+    assert same(dict(model_of(load_checkpoint(path), path).state_dict()), dict(lite.state_dict()))
+
+
 # Published checkpoints: layouts as ../shared/reference/README.md describes them
 
 
@@ -310,6 +324,114 @@ def test_coco_names_and_ids_are_those_of_its_annotation_file():
     assert dict(ours) == {category["id"]: category["name"] for category in categories}
 
 
+# Bare weights of qfgaohao/pytorch-ssd
+
+
+@pytest.fixture(scope="module")
+def mb2():
+    """Weights of its mb2-ssd-lite, of VOC's classes; not to be changed."""
+    return mb2_ssd_lite()
+
+
+def of_classes(mb2, num_classes):
+    """The same with class heads cut to `num_classes`, background included."""
+    heads = [name for name, values in mb2.items() if values.shape[:1] == (6 * 21,)]
+    return mb2 | {name: mb2[name][: 6 * num_classes] for name in heads}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_mb2_ssd_lite_computes_what_the_reference_computes(tmp_path, mb2, seed):
+    torch.save(mb2, tmp_path / "a.pth")
+    network = model_of(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth").eval().double()
+    with torch.inference_mode():
+        loc, logits = network(normalize(torch.from_numpy(image(seed))[None]).double())
+    reference = {
+        name[2:]: torch.from_numpy(values)
+        for name, values in np.load(REFERENCE / "forward_ssdlite.npz").items()
+        if name.startswith(f"{seed}_")
+    }
+    default_boxes = make_default_boxes("ssdlite")
+    index = [(default_boxes - box).abs().sum(dim=1).argmin().item() for box in reference["default_boxes"]]
+    torch.testing.assert_close(default_boxes[index], reference["default_boxes"])
+    # These weights amplify rounding: the reference, in float32, is itself so far from the same network in float64.
+    torch.testing.assert_close(loc[0, index].float(), reference["loc"], rtol=0, atol=0.05)
+    torch.testing.assert_close(logits[0, index].float(), reference["logits"], rtol=0, atol=0.1)
+    found = Encoder(default_boxes).decode(loc, logits, score_threshold=0.05)[0]
+    for box, label, score in zip(reference["boxes"], reference["labels"], reference["scores"], strict=True):
+        same_place = (found["boxes"] - box).abs().amax(dim=1) < 0.3 / 300
+        assert (same_place & (found["labels"] == label) & ((found["scores"] - score).abs() < 2e-3)).any()
+
+
+def test_mb2_ssd_lites_first_layer_sees_the_same_pixels_up_to_the_border(tmp_path, mb2):
+    torch.save(mb2, tmp_path / "a.pth")
+    network = model_of(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth").eval()
+    pixels = torch.from_numpy(image(0))[None]
+    with torch.inference_mode():
+        ours = network.backbone.to_stride_16[0][0](normalize(pixels) - network.backbone.mean)
+        theirs = F.conv2d((pixels.permute(0, 3, 1, 2) - 127.0) / 128, mb2["base_net.0.0.weight"], stride=2, padding=1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "num_classes, labels, names, told",
+    [
+        (21, None, checkpoint.VOC_CLASSES, "VOC's classes"),
+        (3, None, ["class 1", "class 2"], "labels.txt"),
+        (3, "BACKGROUND\ncat\ndog", ["cat", "dog"], "labels.txt"),
+        (3, "cat\ndog\n\n", ["cat", "dog"], "labels.txt"),
+        (3, "BACKGROUND\ncat", ["class 1", "class 2"], "1 names, not 2: not used"),
+        (21, "cat\ndog\ncow", checkpoint.VOC_CLASSES, "3 names, not 20: not used"),
+    ],
+)
+def test_mb2_ssd_lites_names_are_in_labels_txt_or_vocs(tmp_path, mb2, num_classes, labels, names, told):
+    torch.save(of_classes(mb2, num_classes), tmp_path / "a.pth")
+    if labels:
+        (tmp_path / "labels.txt").write_text(labels)
+    state = load_checkpoint(tmp_path / "a.pth")
+    assert state["model"] == "ssdlite" and told in state["layout"] and "\n" not in state["layout"]
+    assert state["classes"] == ["background", *names]
+    assert state["category_ids"] == list(range(1, num_classes))
+    model_of(state, tmp_path / "a.pth")
+
+
+# What the first layers and the extra ones are called in each, from that repository's source.
+OTHER_NETWORKS = {
+    "mb1-ssd": ["base_net.0.0.weight", "base_net.1.0.weight", "extras.0.0.weight", "extras.0.2.weight"],
+    "mb1-ssd-lite": ["base_net.0.0.weight", "base_net.1.0.weight", "extras.0.0.weight", "extras.0.2.0.weight"],
+    "vgg16-ssd": ["base_net.0.weight", "extras.0.0.weight", "extras.0.2.weight", "source_layer_add_ons.0.weight"],
+    "sq-ssd-lite": ["base_net.0.weight", "base_net.3.squeeze.weight", "extras.0.0.weight", "extras.0.2.0.weight"],
+    "mb3-ssd-lite": ["base_net.0.weight", "base_net.3.conv1.weight", "extras.0.conv1.weight"],
+    "unknown network": ["base_net.7.weight"],
+}
+
+
+@pytest.mark.parametrize("network", OTHER_NETWORKS)
+def test_its_other_networks_are_refused_by_name(tmp_path, network):
+    names = [*OTHER_NETWORKS[network], "classification_headers.5.bias", "regression_headers.5.bias"]
+    torch.save({name: torch.ones(126) for name in names}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"a\.pth: (an )?{network} .* not supported: use .*\Z"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_half_of_mb2_ssd_lites_width_is_refused(tmp_path, mb2):
+    torch.save(mb2 | {"base_net.0.0.weight": torch.ones(16, 3, 3, 3)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth: mb2-ssd-lite of width 0\.5 .* not supported"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "no tensor"])
+def test_mb2_ssd_lite_with_something_amiss_is_a_users_error(tmp_path, mb2, change):
+    weights = dict(mb2)
+    if change == "missing":
+        del weights["classification_headers.0.0.bias"]
+    else:
+        name = "base_net.20.weight" if change == "unexpected" else "base_net.2.conv.3.weight"
+        weights[name] = 7 if change == "no tensor" else torch.ones(2)
+    torch.save(weights, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
 # Filling a model
 
 
@@ -388,6 +510,33 @@ def test_rows_of_the_class_heads_follow_the_names(name, classes, fresh):
             for n in map(classes.index, fresh):
                 row, own = (conv.weight.unflatten(0, (len(classes), -1))[n] for conv in (head, old))
                 assert torch.equal(row, own)
+
+
+SIX_NAMES = {  # VOC's and COCO's for the same things
+    "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle",
+    "pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "known, wanted", [(list(SIX_NAMES), SIX_NAMES.values()), (list(SIX_NAMES.values()), SIX_NAMES)]
+)
+def test_vocs_and_cocos_names_are_the_same_classes(known, wanted):
+    known, wanted = ["background", *known], ["background", *wanted]
+    torch.manual_seed(0)
+    source = build_model("ssdlite", 7, pretrained_backbone=False)
+    model = build_model("ssdlite", 7, pretrained_backbone=False)
+    state = {"model_state_dict": source.state_dict(), "classes": known, "layout": "some layout"}
+    assert fine_tune_from(model, state, wanted, "some.pth").endswith("none starts fresh")
+    assert same(dict(model.state_dict()), dict(source.state_dict()))
+
+
+def test_a_name_that_the_checkpoint_has_goes_before_its_other_name():
+    source = build_model("ssdlite", 3, pretrained_backbone=False)
+    state = {"model_state_dict": source.state_dict(), "classes": ["background", "couch", "sofa"], "layout": "x"}
+    model = build_model("ssdlite", 3, pretrained_backbone=False)
+    fine_tune_from(model, state, ["background", "couch", "sofa"], "some.pth")
+    assert same(dict(model.state_dict()), dict(source.state_dict()))
 
 
 def test_a_category_called_background_is_not_ours():

@@ -13,7 +13,9 @@ import pytest
 import torch
 from reference.inputs import image, weights
 from runs import ENV, ROOT, run
+from samples import mb2_ssd_lite
 
+from src.checkpoint import VOC_CLASSES
 from src.detector import Detector
 from src.images import read_image
 from src.model import build_model
@@ -131,6 +133,20 @@ def test_boxes_lie_in_images_of_any_size(pair, size):
     assert len(boxes) > 0 and abs(len(boxes) - len(expected)) <= 2  # some lie at a threshold
     assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
     assert (boxes[:, :2] <= boxes[:, 2:]).all()
+
+
+def test_a_published_ssdlite_detects_the_same(tmp_path):
+    """Its pixels have another mean, which is in the file, too."""
+    torch.save(mb2_ssd_lite(), tmp_path / "mb2.pth")
+    run("export.py", "--pretrained-model", tmp_path / "mb2.pth", "--output", tmp_path / "mb2.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "mb2.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["background", *VOC_CLASSES]
+    boxes, labels, scores = session.run(None, {"image": image(0)})
+    expected = Detector.load(tmp_path / "mb2.pth", device="cpu")([image(0)], 0.3)[0]
+    for box, label, score in zip(*(expected[key][:20].numpy() for key in ("boxes", "labels", "scores")), strict=True):
+        # These weights amplify rounding.
+        same = (labels == label) & (abs(boxes - box).max(axis=1) < 1) & (abs(scores - score) < 0.01)
+        assert same.any()
 
 
 def test_nothing_found_is_empty(pair):

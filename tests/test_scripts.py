@@ -26,10 +26,11 @@ import pytest
 import torch
 from PIL import Image
 from runs import ENV, ROOT, TORCHRUN, frames_of, run, scalars
+from samples import mb2_ssd_lite
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from demo.shapes import make_dataset
-from src.checkpoint import COCO_CATEGORY_IDS, COCO_CLASSES
+from src.checkpoint import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES
 from src.dataset import CocoDataset, TrainSampler
 from src.engine import METRICS
 from src.images import read_image
@@ -569,22 +570,33 @@ def test_a_set_without_a_box_has_nothing_to_measure(shapes, tmp_path, monkeypatc
     assert "nothing to measure" in said and "-1.000" not in said
 
 
-def test_every_script_takes_a_published_checkpoint(tmp_path, monkeypatch, capfd):
-    data, file = tmp_path / "data", tmp_path / "published.pth"
-    make_dataset(data, train=2, val=1, seed=1)
-    for path in (data / "annotations").iterdir():  # shapes by the names of COCO's classes
-        content = json.loads(path.read_text())
-        ids = [category["id"] for category in content["categories"]]
-        named = zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
-        content["categories"] = [{"id": i, "name": name} for i, name in named]
-        for a in content["annotations"]:
-            a["category_id"] = COCO_CATEGORY_IDS[ids.index(a["category_id"])]
-        path.write_text(json.dumps(content))
-    torch.manual_seed(0)
+def published_ssd():
+    """A checkpoint of COCO's classes in one of the published layouts."""
     weights = build_model("ssd", 81, pretrained_backbone=False).state_dict()
     label_map = dict(enumerate(["background", *COCO_CLASSES]))
     published = {"model": {f"module.{k}": v for k, v in weights.items()}, "label_map": label_map}
-    torch.save(published | {"epoch": 64, "iteration": 0, "optimizer": {}, "scheduler": {}}, file)
+    return published | {"epoch": 64, "iteration": 0, "optimizer": {}, "scheduler": {}}
+
+
+@pytest.mark.parametrize(
+    "published, model, names, ids, layout",
+    [
+        (published_ssd, "ssd", COCO_CLASSES, COCO_CATEGORY_IDS, "published SSD-ResNet50, 'model' with 'label_map'"),
+        (mb2_ssd_lite, "ssdlite", VOC_CLASSES, range(1, 21), "published SSDLite-MobileNetV2, VOC's classes"),
+    ],
+)
+def test_every_script_takes_a_published_checkpoint(tmp_path, monkeypatch, capfd, published, model, names, ids, layout):
+    data, file = tmp_path / "data", tmp_path / "published.pth"
+    make_dataset(data, train=2, val=1, seed=1)
+    for path in (data / "annotations").iterdir():  # shapes by the names of the checkpoint's classes
+        content = json.loads(path.read_text())
+        old = [category["id"] for category in content["categories"]]
+        content["categories"] = [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)]
+        for a in content["annotations"]:
+            a["category_id"] = ids[old.index(a["category_id"])]
+        path.write_text(json.dumps(content))
+    torch.manual_seed(0)
+    torch.save(published(), file)
     (picture,) = (data / "val2017").iterdir()
     make_video(tmp_path / "clip.avi", frames=1)
     folders = ["--save-folder", tmp_path / "new", "--log-path", tmp_path / "log"]
@@ -595,8 +607,8 @@ def test_every_script_takes_a_published_checkpoint(tmp_path, monkeypatch, capfd)
         "train.py": ["--data-path", data, *SMALL, *folders, "--epochs", 1, "--batch-size", 2],
     }.items():
         assert run_here(monkeypatch, script, *options, "--pretrained-model", file) == 0
-        assert "published SSD-ResNet50, 'model' with 'label_map'" in capfd.readouterr().out, script
-    assert load(tmp_path / "new" / "ssd.pth")["classes"] == ["background", *COCO_CLASSES]
+        assert layout in capfd.readouterr().out, script
+    assert load(tmp_path / "new" / f"{model}.pth")["classes"] == ["background", *names]
 
 
 def test_a_set_of_other_classes_under_the_same_ids_is_refused(shapes, tmp_path, monkeypatch, capfd):

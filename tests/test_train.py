@@ -150,6 +150,22 @@ def imagenet_network(tmp_path, monkeypatch):
     return start_network(train.parse_args(), None, ["background", "cat", "dog"]).eval()
 
 
+@pytest.mark.parametrize(
+    "options, model",
+    [
+        ([], "ssd"),
+        (["--pretrained-model", "ssdlite.pth"], "ssdlite"),
+        (["--pretrained-model", "ssdlite.pth", "--model", "ssd"], "ssd"),
+    ],
+)
+def test_the_model_is_that_of_the_pretrained_one_unless_it_is_given(tmp_path, monkeypatch, options, model):
+    monkeypatch.chdir(tmp_path)
+    state = {"model": "ssdlite", "model_state_dict": {}, "classes": ["background"], "category_ids": []}
+    torch.save(state, "ssdlite.pth")
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    assert train.parse_args().model == model
+
+
 @torch.inference_mode()
 def test_training_starts_from_imagenets_features(imagenet_network, tmp_path):
     files = sorted((SHARED / "data/coco_real/val2017").glob("*.jpg"))[:10]

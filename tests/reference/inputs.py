@@ -64,6 +64,22 @@ def weights(shapes):
     return arrays
 
 
+def lite_weights(shapes):
+    """The same for the published SSDLite-MobileNetV2: `weights`' signal would die out in its depthwise layers."""
+    arrays = weights(shapes)
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()) + 1)
+        if len(shape) == 4:
+            heads = {"classification_headers": 0.4, "regression_headers": 0.04} if shape[1] > 1 else {}
+            gain = heads.get(name.split(".")[0], 2.5)
+            arrays[name] = rng.normal(0, (gain / np.prod(shape[1:])) ** 0.5, shape).astype(np.float32)
+        elif name.endswith("running_mean"):
+            arrays[name] = rng.normal(0, 0.05, shape).astype(np.float32)
+        elif name.endswith("weight"):
+            arrays[name] = rng.uniform(0.9, 1.4, shape).astype(np.float32)
+    return arrays
+
+
 def image(seed, size=300):
     """A smooth colourful picture (size, size, 3) uint8 RGB; at 300 it needs no resampling."""
     rng = np.random.default_rng([3, seed])
