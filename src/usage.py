@@ -5,9 +5,21 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
+import unicodedata
 from pathlib import Path
+
+# What a system says of a file that no line of ours foresaw, and what a user can do about it.
+REMEDIES = {
+    errno.ENOSPC: "make room and start again",
+    errno.EDQUOT: "make room and start again",
+    errno.EACCES: "change its permissions, or choose another",
+    errno.EPERM: "change its permissions, or choose another",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 class UserError(Exception):
@@ -92,6 +104,41 @@ def make_writable(option, path, inputs=()):
         raise UserError(f"{option} {path}: may not be written; choose another place")
 
 
+def prepare_outputs(outputs, inputs):
+    """Make sure that all outputs, [(option, path), ...], can be written, as make_writable does.
+
+    UserError if one of them is one of the inputs (paths, which need not exist), or another output.
+    """
+    known = {identity(path): "an input" for path in inputs}
+    for option, path in outputs:
+        file = identity(path)
+        if file in known:
+            raise UserError(f"{option} {path}: is {known[file]}, too; give another name")
+        known[file] = f"what {option} writes"
+    for option, path in outputs:
+        make_writable(option, path)
+
+
+def identity(path):
+    """The same for all names of a file, which need not exist."""
+    try:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+
+
+def quoted(value):
+    """A value of the user's as it is to be shown: '139' is not 139, and what looks alike is escaped."""
+    return repr(value) if unicodedata.is_normalized("NFC", str(value)) else ascii(value)
+
+
+def is_lfs_pointer(path):
+    """True for what a clone without Git LFS holds in place of a large file."""
+    with open(path, "rb") as file:
+        return file.read(100).startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def quit_on_ctrl_c():
     """End at once on Ctrl-C, silently, with status 130: until `run`, which can do better.
 
@@ -133,7 +180,7 @@ def lossy(stream):
 
 
 def run(main):
-    """Call `main`; a UserError or a full disk becomes one line on standard error and status 2.
+    """Call `main`; a UserError, or a file that the system refuses, becomes one line on standard error and status 2.
 
     Ctrl-C, where a script does not see to it itself, ends it with status 130. A lost standard
     output or error (`| head`, a closed terminal) does not end it.
@@ -151,10 +198,16 @@ def run(main):
         # From a loader's worker the error arrives wrapped in that worker's traceback.
         sys.exit(complain(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.errno not in REMEDIES or not (error.filename or full):
             raise
         where = error.filename or "a disk that is written to"
-        sys.exit(complain(f"{where}: {error.strerror}; make room and start again"))
+        sys.exit(complain(f"{where}: {error.strerror}; {REMEDIES[error.errno]}"))
+    except RuntimeError as error:  # torch's, of a loader's worker
+        if not re.search(r"torch_\w+>: No space left|signal: Bus error", str(error)):
+            raise
+        remedy = "use --num-workers 0, or give it more (docker run --ipc=host)"
+        sys.exit(complain(f"no shared memory is left for the loading processes: {remedy}"))
 
 
 def complain(message):
