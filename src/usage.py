@@ -147,8 +147,8 @@ def quit_on_ctrl_c():
     handle_signals(lambda *_: os._exit(130), [signal.SIGINT])
 
 
-# Those that ask a script to end: Ctrl-C, kill, a closed terminal (which Windows does not tell).
-ENDING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+# Those that ask a script to end: Ctrl-C, kill, a closed terminal, a cluster before its time limit.
+ENDING = [getattr(signal, n) for n in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2".split() if hasattr(signal, n)]
 
 
 def handle_signals(handler, numbers=ENDING):
