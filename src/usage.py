@@ -172,11 +172,11 @@ class LossyFile(io.FileIO):
 
 
 def lossy(stream):
-    """A text stream that writes to the same place as `stream`, into a LossyFile."""
+    """A text stream that writes to the same place as `stream`, into a LossyFile; what it cannot encode is escaped."""
     stream.flush()
     file = io.BufferedWriter(LossyFile(stream.fileno(), "w", closefd=False))
     by_line = stream.line_buffering or stream.write_through  # the latter: PYTHONUNBUFFERED
-    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=by_line)
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=by_line)
 
 
 def run(main):
