@@ -3,13 +3,17 @@
 python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.pth
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
     usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import json
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -26,7 +30,7 @@ from src.visualize import draw_detections
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--data-path", default="/coco", help="folder with annotations/ and the images' folders")

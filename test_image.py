@@ -6,6 +6,11 @@
 `--input` takes any number of files and folders.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
@@ -27,7 +32,7 @@ IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="images, and folders of images, with their sub-folders")

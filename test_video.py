@@ -4,6 +4,11 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input a.mp4 --o
 python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
@@ -32,11 +37,11 @@ CODECS = {
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     share = usage.number(float, 0, 1)
     add = parser.add_argument
-    add("--input", required=True, help="video file or named pipe, or number of a camera")
-    add("--output", help="video to write; default: {stem}_prediction.mp4 beside the input")
+    add("--input", required=True, help="video file, pipe, address, images as img_%%03d.jpg, or number of a camera")
+    add("--output", help="video to write, without sound; default: {stem}_prediction.mp4 beside the input")
     add("--json", help="also write the detections to this file, a frame a line")
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=0.35, help="lowest score to show")

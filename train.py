@@ -6,6 +6,11 @@
 Stop it whenever you want (Ctrl-C): the same command resumes where it was.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
@@ -14,7 +19,6 @@ if __name__ == "__main__":
 import argparse
 import atexit
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +41,7 @@ from src.visualize import draw_detections
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     natural, positive = usage.number(int, 0), usage.number(int, 1)
     fraction, rate = usage.number(float, 0, 1), usage.number(float, 0)
     add = parser.add_argument_group("data").add_argument

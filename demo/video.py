@@ -24,7 +24,7 @@ ROOM = 50  # pixels that a shape moves away from where it starts
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, help=".avi: the clip; .gif: the clip with detections")
     parser.add_argument("--pretrained-model", default="demo/ssdlite_shapes.pth", help="checkpoint, for .gif")
     parser.add_argument("--seed", type=usage.number(int, 0), default=0)

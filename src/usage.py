@@ -41,8 +41,9 @@ class HelpFormatter(argparse.HelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, where `--save_folder` is as good as `--save-folder` and errors take one line."""
 
-    def __init__(self, **settings):
-        super().__init__(formatter_class=HelpFormatter, **settings)
+    def __init__(self, description=None, **settings):
+        first_line = (description or "").partition("\n")[0]  # of a docstring, which `python -OO` leaves out
+        super().__init__(description=first_line, formatter_class=HelpFormatter, **settings)
 
     def parse_args(self, args=None):
         """Parse `args` (default: the command line); exits with status 2 on a mistake."""
