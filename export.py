@@ -137,7 +137,7 @@ def main():
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--output", required=True, help="file to write, FILE.onnx")
     args = parser.parse_args()
-    usage.make_writable("--output", args.output, [args.pretrained_model])
+    usage.prepare_outputs([("--output", args.output)], [args.pretrained_model])
     detector = Detector.load(args.pretrained_model, device="cpu")
     print(f"{args.pretrained_model}: {detector.layout}")
     model = export(detector)

@@ -70,7 +70,7 @@ def main():
     ending = Path(args.output).suffix.lower()
     if ending not in (".avi", ".gif"):
         raise UserError(f"--output {args.output}: end it in .avi or .gif")
-    usage.make_writable("--output", args.output)
+    usage.prepare_outputs([("--output", args.output)], filter(None, [args.pretrained_model]))
     frames = moving_shapes(np.random.default_rng(args.seed))
     if ending == ".gif":
         write_gif(args.output, frames, Detector.load(args.pretrained_model, "cpu"))

@@ -86,22 +86,19 @@ def make_folder(option, folder):
         raise UserError(f"{option} {folder}: may not be written to; choose another")
 
 
-def make_writable(option, path, inputs=()):
+def make_writable(option, path):
     """Make sure that a file can be written at `path`: its folder is made, with all above it.
 
-    UserError if it cannot, or if it is one of the `inputs` (paths that may not exist).
+    UserError if it cannot.
     """
-    path = Path(path)
-    for file in map(Path, inputs):
-        if path.exists() and file.exists() and path.samefile(file):
-            raise UserError(f"{option} {path}: is the input itself; give another name")
-    if path.is_dir():
+    if os.path.isdir(path) or str(path).endswith(os.sep):
         raise UserError(f"{option} {path}: is a folder; give a file's name")
+    folder = Path(path).parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot make its folder ({error.strerror})") from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise UserError(f"{option} {path}: may not be written; choose another place")
 
 
