@@ -35,7 +35,7 @@ from src.detector import Detector
 from src.distributed import say
 from src.engine import METRICS, evaluate, make_optimizer, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
-from src.usage import UnreadableImage
+from src.usage import UnreadableImage, UserError
 from src.visualize import draw_detections
 
 
@@ -93,6 +93,8 @@ def main():
     val_set = CocoDataset(args.data_path, args.val_set, size=size)
     classes, category_ids = train_set.classes, train_set.category_ids
     check_categories(val_set, category_ids, classes, train_set.annotation_file)
+    if not len(train_set.boxes):
+        raise UserError(f"{train_set.describe(train_set.annotation_file)}: no box to learn from; annotate some")
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
     iterations = len(sampler)  # in an epoch
 
@@ -106,6 +108,8 @@ def main():
     stopping.lock_save_folder(args.save_folder, args.model)
     latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
     stopped = find_stopped_run(latest, options)
+    if args.pretrained_model and not stopped:
+        usage.prepare_outputs([("--save-folder", latest), ("--save-folder", best)], [args.pretrained_model])
     look_over(train_set, val_set, check_files=not stopped)  # a resumed run finds broken files as it loads them
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     truth = ground_truth(val_set.annotation_file)
@@ -188,8 +192,7 @@ def look_over(train_set, val_set, check_files):
         if check_files:
             share = range(distributed.rank(), len(data), distributed.world_size())
             data.check_files(tqdm(share, f"checking {name} images", disable=distributed.rank() > 0, leave=False))
-        repairs = "".join(f", {count} {what}" for what, count in data.repairs.items())
-        say(f"{name}: {len(data)} images, {len(data.boxes)} boxes of {len(data.classes) - 1} classes{repairs}")
+        say(data.describe(name))
 
 
 def make_loaders(args, train_set, val_set, sampler, device):
