@@ -52,20 +52,20 @@ def parse_args():
 
 
 def find_images(inputs):
-    """Files of all inputs, each with its path within an output folder; and a Counter of what was passed over."""
+    """Files of all inputs, each with its path within an output folder; and what was passed over, in words."""
     files, passed = [], Counter()
     for path in map(Path, inputs):
         if os.path.isdir(path):
             found = sorted(search(path, passed))
             files += [(file, file.relative_to(path)) for file in found]
-        elif os.path.isfile(path) or path.is_symlink():  # one that leads nowhere is told of with the others
+        elif os.path.isfile(path) or os.path.islink(path):  # one that leads nowhere is told of with the others
             files.append((path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
+    passed = ", ".join(f"{count} {what}" for what, count in passed.items() if count)
     if not files:
-        there = ", ".join(f"{count} {what}" for what, count in passed.items()) or "nothing"
-        raise UserError(f"--input {' '.join(inputs)}: no images there, but {there}; give such files by name")
-    return files, +passed
+        raise UserError(f"--input {' '.join(inputs)}: no images there, but {passed or 'nothing'}; give files by name")
+    return files, passed
 
 
 def search(folder, passed):
@@ -84,7 +84,7 @@ def search(folder, passed):
                 passed[f"of type {file.suffix.lower() or 'unknown'}"] += 1
             elif file.stem.endswith("_prediction"):  # we may have written into this folder before
                 passed["named *_prediction"] += 1
-            elif file.exists() and not file.is_file():
+            elif os.path.exists(file) and not os.path.isfile(file):
                 passed["pipes or devices"] += 1
             else:
                 yield file
@@ -127,7 +127,7 @@ def main():
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
     if passed:
-        print("passed over:", ", ".join(f"{count} {what}" for what, count in passed.items()))
+        print(f"passed over: {passed}")
     records, failed = [], []
     for file, output in zip(files, outputs, strict=True):
         try:

@@ -55,7 +55,7 @@ def read_annotations(path):
     for index, annotation in enumerate(data["annotations"]):
         try:
             for key, known in (("category_id", categories), ("image_id", sizes)):
-                if not (whole(annotation[key]) and annotation[key] in known):
+                if type(annotation[key]) not in (int, float) or annotation[key] not in known:
                     raise ValueError(f"unknown {key} {quoted(annotation[key])}: add it")
             if repair(annotation, sizes[annotation["image_id"]], repairs):
                 kept.append(annotation)
