@@ -57,11 +57,7 @@ def is_stream(source):
 
 def name_for_opencv(option, path):
     """A path as OpenCV needs it: in UTF-8, or it crashes; absolute, as FFmpeg takes `a:b` for an address."""
-    name = path if is_stream(path) else os.path.abspath(path)
-    try:
-        return os.fsencode(name).decode()
-    except UnicodeError as error:
-        raise UserError(f"{option} {path}: OpenCV takes names in UTF-8 only; rename it") from error
+    return usage.utf8(option, path if is_stream(path) else os.path.abspath(path))
 
 
 def open_video(source):

@@ -104,7 +104,7 @@ def main():
     for data in (train_set, val_set):
         data.check_folder()
     usage.make_folder("--save-folder", args.save_folder)
-    usage.make_folder("--log-path", args.log_path)
+    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
     stopping.lock_save_folder(args.save_folder, args.model)
     latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
     stopped = find_stopped_run(latest, options)

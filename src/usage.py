@@ -126,6 +126,14 @@ def identity(path):
         return os.path.realpath(path)
 
 
+def utf8(option, path):
+    """A path for what takes UTF-8 only, such as OpenCV and TensorBoard; UserError if it is in another encoding."""
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise UserError(f"{option} {path}: its name is not in UTF-8; rename it") from error
+
+
 def quoted(value):
     """A value of the user's as it is to be shown: '139' is not 139, and what looks alike is escaped."""
     return repr(value) if unicodedata.is_normalized("NFC", str(value)) else ascii(value)

@@ -368,6 +368,19 @@ def test_a_training_set_without_a_box_to_learn_from_is_an_error(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_log_path_that_tensorboard_cannot_take_is_an_error(script, shapes_folder, tmp_path):
+    options = [
+        "--data-path",
+        shapes_folder,
+        "--save-folder",
+        tmp_path / "new\udce9",
+        "--log-path",
+        tmp_path / "log\udce9",
+    ]
+    status, _, error = script("train.py", *options, "--batch-size", 4)
+    assert status == 2 and "--log-path" in error and "UTF-8" in error
+
+
 def test_a_run_does_not_overwrite_the_checkpoint_that_it_starts_from(script, shapes_folder, tmp_path):
     best = shutil.copy(SHAPES, tmp_path / "ssdlite_best.pth")
     options = ["--data-path", shapes_folder, "--save-folder", tmp_path, "--log-path", tmp_path, "--batch-size", 4]
