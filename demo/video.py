@@ -75,7 +75,7 @@ def main():
     if ending == ".gif":
         write_gif(args.output, frames, Detector.load(args.pretrained_model, "cpu"))
         return
-    video = cv2.VideoWriter(args.output, cv2.VideoWriter.fourcc(*"MJPG"), RATE, (WIDTH, HEIGHT))
+    video = cv2.VideoWriter(usage.utf8("--output", args.output), cv2.VideoWriter.fourcc(*"MJPG"), RATE, (WIDTH, HEIGHT))
     if not video.isOpened():
         raise UserError(f"--output {args.output}: OpenCV cannot write it")
     for frame in frames:
