@@ -144,8 +144,10 @@ def main():
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, frame = open_video(args.input)
-    default = Path(re.sub(r"_?%\d*d", "", args.input))  # the number of an image
-    default = default.with_name(f"{default.stem or 'images'}_prediction.mp4")
+    default, stem = Path(args.input), Path(args.input).stem
+    if not default.exists():
+        stem = re.sub(r"_?%\d*d", "", stem) or "images"  # without the number of an image
+    default = default.with_name(f"{stem}_prediction.mp4")
     if is_stream(args.input):
         default = default.name  # in the current folder
     output = Path(args.output or default)

@@ -229,7 +229,7 @@ def test_a_drawing_that_cannot_be_written_does_not_take_the_metrics_along(script
 
 def test_names_that_ffmpeg_takes_for_addresses_and_names_in_utf8(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a:1.avi", "caf\u00e9.avi", "100%.avi"):
+    for name in ("a:1.avi", "caf\u00e9.avi", "100%.avi", "a_%03d.avi"):
         make_video("plain.avi", 2)
         os.rename("plain.avi", name)
         status, said, _ = script("test_video.py", "--input", name)
@@ -248,11 +248,12 @@ def test_names_that_opencv_cannot_take_are_a_users_error(script, tmp_path, monke
     assert status == 2 and "UTF-8" in error and "rename" in error
 
 
-def test_images_by_number_are_a_video(script, tmp_path):
+@pytest.mark.parametrize("pattern, stem", [("img_%03d.jpg", "img"), ("%d.jpg", "images")])
+def test_images_by_number_are_a_video(script, tmp_path, pattern, stem):
     for number in range(1, 6):
-        cv2.imwrite(str(tmp_path / f"img_{number:03d}.jpg"), np.full((48, 64, 3), 40 * number, np.uint8))
-    status, said, _ = script("test_video.py", "--input", tmp_path / "img_%03d.jpg")
-    frames = frames_of(tmp_path / "img_prediction.mp4")
+        cv2.imwrite(str(tmp_path / (pattern % number)), np.full((48, 64, 3), 40 * number, np.uint8))
+    status, said, _ = script("test_video.py", "--input", tmp_path / pattern)
+    frames = frames_of(tmp_path / f"{stem}_prediction.mp4")
     assert status == 0 and len(frames) == 5 and "truncated" not in said
     assert [round(frame.mean() / 40) for frame in frames] == [1, 2, 3, 4, 5]
     status, _, error = script("test_video.py", "--input", tmp_path / "other_%03d.jpg")
