@@ -8,13 +8,17 @@ from 1, `scores` float32 (N,) descending; N <= 200. Metadata: `model`, and `clas
 index 0 "background".
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
     usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import json
-import sys
 
 import torch
 from torch import nn
@@ -128,12 +132,12 @@ def export(detector):
 
 def main():
     """Load, export, write."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--output", required=True, help="file to write, FILE.onnx")
     args = parser.parse_args()
-    usage.make_writable("--output", args.output, [args.pretrained_model])
+    usage.prepare_outputs([("--output", args.output)], [args.pretrained_model])
     detector = Detector.load(args.pretrained_model, device="cpu")
     print(f"{args.pretrained_model}: {detector.layout}")
     model = export(detector)

@@ -3,16 +3,19 @@
 python test_dataset.py --data-path /coco --pretrained-model trained_models/ssd.pth
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
     usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import json
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,13 +23,14 @@ from src.annotations import ground_truth
 from src.dataset import CocoDataset, check_categories
 from src.detector import Detector
 from src.engine import class_table, coco_results, evaluate, metrics_table
+from src.images import save_image
 from src.usage import UserError
 from src.visualize import draw_detections
 
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--data-path", default="/coco", help="folder with annotations/ and the images' folders")
@@ -52,25 +56,33 @@ def main():
     if output.resolve() == dataset.folder.resolve():
         raise UserError(f"--output {output}: is the images' own folder; give another")
     dataset.check_files(tqdm(range(len(dataset)), "checking images", leave=False))
-    for name in ("detections.json", "metrics.json"):
-        usage.make_writable("--output", output / name)
+    print(dataset.describe("validation"))
+    names = ["detections.json", "metrics.json", *(f"{image_id}.jpg" for image_id in dataset.image_ids)]
+    inputs = [args.pretrained_model, dataset.annotation_file, *map(dataset.path, range(len(dataset)))]
+    usage.prepare_outputs([("--output", output / name) for name in names], inputs)
     loader = DataLoader(dataset, args.batch_size, num_workers=args.num_workers)
     truth = ground_truth(dataset.annotation_file)
     metrics, detections = evaluate(detector, loader, truth, args.nms_threshold)
     results = coco_results(detections)
     (output / "detections.json").write_text(json.dumps(results))
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    print(metrics_table(metrics))
+    if "VOC07" in metrics and metrics["per_class"]:
+        print(class_table(metrics))
+    failed = []
     for index, image_id in enumerate(tqdm(dataset.image_ids, "draw", leave=False)):
         rows = detections[detections[:, 0] == image_id]
         rows = rows[rows[:, 5] > args.cls_threshold]
         boxes = np.concatenate([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:5]], axis=1)
         labels = np.searchsorted(detector.category_ids, rows[:, 6]) + 1
-        drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], detector.classes)
-        Image.fromarray(drawn).save(output / f"{image_id}.jpg", quality=90)
-    print(metrics_table(metrics))
-    if "VOC07" in metrics and metrics["per_class"]:
-        print(class_table(metrics))
-    print(f"{len(dataset)} images, detections.json, metrics.json -> {output}")
+        try:
+            drawn = draw_detections(dataset.read(index), boxes, labels, rows[:, 5], detector.classes)
+            save_image(drawn, output / f"{image_id}.jpg", quality=90)
+        except UserError as error:
+            failed.append(str(error))  # the other images first
+    print(f"{len(dataset) - len(failed)} images, detections.json, metrics.json -> {output}")
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -6,28 +6,35 @@
 `--input` takes any number of files and folders.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
     usage.quit_on_ctrl_c()  # the imports below take seconds
 
 import json
+import os
 from collections import Counter
-from pathlib import Path
-
-from PIL import Image
 
 from src.detector import Detector, record
-from src.images import read_image
+from src.images import read_image, save_image
 from src.usage import UserError
 from src.visualize import draw_detections
 
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+# The rasters that Pillow reads and writes.
+IMAGE_TYPES = set(
+    ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .gif .webp .tif .tiff .avif .ppm .pgm .pbm .pnm"
+    " .jp2 .j2k .jpx .jpf .tga .qoi".split()
+)
 
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="images, and folders of images, with their sub-folders")
@@ -45,75 +52,99 @@ def parse_args():
 
 
 def find_images(inputs):
-    """Files of all inputs, each with its path within an output folder; those of a folder sorted."""
-    files = []
+    """Files of all inputs, each with its path within an output folder; and what was passed over, in words."""
+    files, passed = [], Counter()
     for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_TYPES)
-            # A folder that we wrote into before: do not detect in our own drawings.
-            found = [f for f in found if not f.stem.endswith("_prediction") and not f.is_dir()]
+        if os.path.isdir(path):
+            found = sorted(search(path, passed))
             files += [(file, file.relative_to(path)) for file in found]
-        elif path.is_file():
+        elif os.path.isfile(path) or os.path.islink(path):  # one that leads nowhere is told of with the others
             files.append((path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
+    passed = ", ".join(f"{count} {what}" for what, count in passed.items() if count)
     if not files:
-        raise UserError(f"--input {' '.join(inputs)}: no images there ({' '.join(sorted(IMAGE_TYPES))})")
-    return files
+        raise UserError(f"--input {' '.join(inputs)}: no images there, but {passed or 'nothing'}; give files by name")
+    return files, passed
+
+
+def search(folder, passed):
+    """Yield the image files in a folder and its sub-folders; count in `passed` what else is there."""
+
+    def unread(error):
+        passed[f"folders that cannot be read ({error.strerror})"] += 1
+
+    for root, folders, names in os.walk(folder, onerror=unread):
+        passed["links to folders"] += sum(os.path.islink(os.path.join(root, name)) for name in folders)
+        for name in names:
+            file = Path(root, name)
+            if name.startswith("._"):  # what macOS adds to a file on other file systems
+                passed["companions of macOS (._*)"] += 1
+            elif file.suffix.lower() not in IMAGE_TYPES:
+                passed[f"of type {file.suffix.lower() or 'unknown'}"] += 1
+            elif file.stem.endswith("_prediction"):  # we may have written into this folder before
+                passed["named *_prediction"] += 1
+            elif os.path.exists(file) and not os.path.isfile(file):
+                passed["pipes or devices"] += 1
+            else:
+                yield file
 
 
 def output_files(inputs, files, output):
     """Where the drawing of each of `files` (from find_images) goes."""
     if output is None:
         outputs = [file.with_name(f"{file.stem}_prediction.jpg") for file, _ in files]
-    elif len(files) == 1 and Path(inputs[0]).is_file() and not Path(output).is_dir():
+    elif len(files) == 1 and not os.path.isdir(inputs[0]) and not is_folder(output):
         outputs = [Path(output)]
     else:
-        if Path(output).suffix.lower() in IMAGE_TYPES and not Path(output).is_dir():
+        if Path(output).suffix.lower() in IMAGE_TYPES and not is_folder(output):
             raise UserError(f"--output {output}: is an image, --input a folder or several: give a folder")
         outputs = [Path(output) / name.with_name(f"{name.stem}_prediction.jpg") for _, name in files]
     for file in outputs:
         if file.suffix.lower() not in IMAGE_TYPES:
             raise UserError(f"--output {file}: unknown image type; end it in .jpg or .png")
-    if len(set(outputs)) < len(outputs):
-        raise UserError("--input: two images of the same name would be drawn to one file")
+    sources = {}
+    for (file, _), output in zip(files, outputs, strict=True):
+        other = sources.setdefault(output, file)
+        if other is not file:
+            raise UserError(f"--input {other} {file}: would both be drawn to {output}; rename one")
     return outputs
+
+
+def is_folder(path):
+    """True for a folder, or what is meant as one by the slash at its end."""
+    return os.path.isdir(path) or path.endswith(os.sep)
 
 
 def main():
     """Read, detect, draw, write."""
     args = parse_args()
-    files = find_images(args.input)
+    files, passed = find_images(args.input)
     outputs = output_files(args.input, files, args.output)
     files = [file for file, _ in files]
-    inputs = {(file.stat().st_dev, file.stat().st_ino) for file in files}
-    for path in filter(Path.exists, outputs):
-        if (path.stat().st_dev, path.stat().st_ino) in inputs:
-            raise UserError(f"--output {path}: is an input itself; give another name")
-    for path in outputs:
-        usage.make_writable("--output", path)
-    if args.json:
-        usage.make_writable("--json", args.json, files)
+    written = [("--output", path) for path in outputs] + [("--json", args.json)] * bool(args.json)
+    usage.prepare_outputs(written, [*files, args.pretrained_model])
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
-    records, unreadable = [], []
+    if passed:
+        print(f"passed over: {passed}")
+    records, failed = [], []
     for file, output in zip(files, outputs, strict=True):
         try:
             image = read_image(file)
+            found = detector([image], args.cls_threshold, args.nms_threshold)[0]
+            records.append({"file": str(file)} | record(image, found, detector.classes))
+            save_image(draw_detections(image, **found, classes=detector.classes), output, quality=95)
         except UserError as error:
-            unreadable.append(str(error))  # the other images first
+            failed.append(str(error))  # the other images first
             continue
-        found = detector([image], args.cls_threshold, args.nms_threshold)[0]
-        records.append({"file": str(file)} | record(image, found, detector.classes))
-        drawn = draw_detections(image, **found, classes=detector.classes)
-        Image.fromarray(drawn).save(output, quality=95)
         counts = Counter(detector.classes[label] for label in found["labels"])
         objects = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"
         print(f"{file}: {objects} -> {output}")
     if args.json:
         Path(args.json).write_text(json.dumps({"images": records}, indent=1))
-    if unreadable:
-        raise UserError("; ".join(unreadable))
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,11 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input a.mp4 --o
 python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
@@ -13,8 +18,8 @@ import itertools
 import json
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 from tqdm import tqdm
@@ -32,11 +37,11 @@ CODECS = {
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     share = usage.number(float, 0, 1)
     add = parser.add_argument
-    add("--input", required=True, help="video file or named pipe, or number of a camera")
-    add("--output", help="video to write; default: {stem}_prediction.mp4 beside the input")
+    add("--input", required=True, help="video file, pipe, address, images as img_%%03d.jpg, or number of a camera")
+    add("--output", help="video to write, without sound; default: {stem}_prediction.mp4 beside the input")
     add("--json", help="also write the detections to this file, a frame a line")
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=0.35, help="lowest score to show")
@@ -45,17 +50,34 @@ def parse_args():
     return parser.parse_args()
 
 
+def is_stream(source):
+    """True for an address, such as rtsp://camera/1."""
+    return re.match(r"\w+://", str(source)) is not None
+
+
+def name_for_opencv(option, path):
+    """A path as OpenCV needs it: in UTF-8, or it crashes; absolute, as FFmpeg takes `a:b` for an address."""
+    return usage.utf8(option, path if is_stream(path) else os.path.abspath(path))
+
+
 def open_video(source):
     """The opened video and its first frame (H, W, 3) uint8 BGR, upright."""
-    is_camera = source.isdecimal() and not Path(source).exists()
-    if not is_camera and (not Path(source).exists() or Path(source).is_dir()):
+    exists = os.path.exists(source)
+    if source.isdecimal() and not exists:
+        name, reader, what = int(source), cv2.CAP_ANY, "no such camera"
+    elif is_stream(source):
+        name, reader, what = name_for_opencv("--input", source), cv2.CAP_ANY, "no video comes from there"
+    elif os.path.isdir(source) or not (exists or "%" in source):
         raise UserError(f"--input {source}: no such video file")
-    # A named pipe by FFmpeg alone: what another reader has tried to read from it would be lost.
-    reader = cv2.CAP_FFMPEG if Path(source).is_fifo() else cv2.CAP_ANY
-    video = cv2.VideoCapture(int(source)) if is_camera else cv2.VideoCapture(source, reader)
+    elif exists and not os.access(source, os.R_OK):
+        raise UserError(f"--input {source}: may not be read; change its permissions")
+    else:
+        name, what = name_for_opencv("--input", source), "not a video, or one without frames"
+        # A named pipe by FFmpeg alone: what another reader has tried to read from it would be lost.
+        reader = cv2.CAP_FFMPEG if Path(source).is_fifo() else cv2.CAP_ANY
+    video = cv2.VideoCapture(name, reader)
     ok, frame = video.read()
     if not ok:
-        what = "no such camera" if is_camera else "not a video, or one without frames"
         raise UserError(f"--input {source}: {what}")
     return video, frame
 
@@ -68,8 +90,9 @@ def pace(source, video):
     """
     fps, total = video.get(cv2.CAP_PROP_FPS), max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     times = []
-    if Path(source).is_file():  # cameras and named pipes cannot be read twice
-        packets = cv2.VideoCapture(source, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])  # undecoded
+    if os.path.isfile(source):  # cameras and named pipes cannot be read twice
+        undecoded = [cv2.CAP_PROP_FORMAT, -1]
+        packets = cv2.VideoCapture(name_for_opencv("--input", source), cv2.CAP_FFMPEG, undecoded)
         while packets.grab():
             times.append(packets.get(cv2.CAP_PROP_POS_MSEC) / 1000)
     frames = len(times)
@@ -84,15 +107,34 @@ def pace(source, video):
 
 
 def open_writer(path, fps, frame):
-    """A writer of frames like `frame`, `fps` of them per second, and the name of its codec."""
-    size = (frame.shape[1], frame.shape[0])
+    """A writer of frames like `frame`, made even, `fps` of them per second, and the name of its codec."""
+    height, width = even(frame).shape[:2]
     # MPEG-4 divides a second into at most 65535 parts, of which OpenCV makes a power of ten.
     fps = round(fps, int(math.log10(65535 / fps)))
+    name = name_for_opencv("--output", path)
+    backend = cv2.CAP_FFMPEG if "%" in name else cv2.CAP_ANY  # another takes it for the number of an image
     for code, codec in CODECS[path.suffix.lower()].items():
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*code), fps, size)
+        writer = cv2.VideoWriter(name, backend, cv2.VideoWriter_fourcc(*code), fps, (width, height))
         if writer.isOpened():
             return writer, codec
-    raise UserError(f"--output {path}: cannot be written as a {size[0]}x{size[1]} video")
+    raise UserError(f"--output {path}: cannot be written as a {width}x{height} video")
+
+
+def even(frame):
+    """`frame` (H, W, 3) with its last column or row once more where W or H is odd: OpenCV would leave it out."""
+    height, width = frame.shape[:2]
+    return cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+
+
+def differences(video, frame):
+    """What a viewer of the output may miss, for the last line."""
+    told, (height, width) = ", without sound", frame.shape[:2]
+    if height % 2 or width % 2:
+        told += f", {width + width % 2}x{height + height % 2} as sides must be even"
+    aspect = [int(video.get(side)) for side in (cv2.CAP_PROP_SAR_NUM, cv2.CAP_PROP_SAR_DEN)]
+    if aspect[0] != aspect[1] and min(aspect) > 0:
+        told += f", with square pixels (the input's are {aspect[0]}:{aspect[1]})"
+    return told
 
 
 def main():
@@ -102,17 +144,22 @@ def main():
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, frame = open_video(args.input)
-    default = Path(args.input).with_name(f"{Path(args.input).stem}_prediction.mp4")
+    default, stem = Path(args.input), Path(args.input).stem
+    if not default.exists():
+        stem = re.sub(r"_?%\d*d", "", stem) or "images"  # without the number of an image
+    default = default.with_name(f"{stem}_prediction.mp4")
+    if is_stream(args.input):
+        default = default.name  # in the current folder
     output = Path(args.output or default)
     if output.suffix.lower() not in CODECS:
         raise UserError(f"--output {output}: unknown video type; end it in .mp4 or .avi")
-    usage.make_writable("--output", output, [args.input])
-    if args.json:
-        usage.make_writable("--json", args.json, [args.input])
+    written = [("--output", args.output or output)] + [("--json", args.json)] * bool(args.json)
+    usage.prepare_outputs(written, [args.input, args.pretrained_model])
     detector = Detector.load(args.pretrained_model, amp=args.amp)
     print(f"{args.pretrained_model}: {detector.layout}")
     fps, total = pace(args.input, video)
     writer, codec = open_writer(output, fps, frame)
+    told = differences(video, frame)
     lines = open(args.json, "w", encoding="utf-8") if args.json else None
     stopped = []
     usage.handle_signals(lambda *_: stopped.append(True))
@@ -125,7 +172,7 @@ def main():
             found = detector([image], args.cls_threshold, args.nms_threshold)[0]
             drawn = draw_detections(image, **found, classes=detector.classes)
             writing.result()
-            writing = pool.submit(writer.write, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+            writing = pool.submit(writer.write, even(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)))
             if lines:
                 entry = {"frame": number} | record(image, found, detector.classes)
                 lines.write(json.dumps(entry) + "\n")
@@ -138,7 +185,7 @@ def main():
     if lines:
         lines.close()
     cut = number < total and not stopped
-    print(f"{number} frames -> {output}, {codec}" + f" (the file promises {total}: it seems truncated)" * cut)
+    print(f"{number} frames -> {output}, {codec}{told}" + f" (the file promises {total}: it seems truncated)" * cut)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,11 @@
 Stop it whenever you want (Ctrl-C): the same command resumes where it was.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
+
 from src import usage
 
 if __name__ == "__main__":
@@ -14,7 +19,6 @@ if __name__ == "__main__":
 import argparse
 import atexit
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,13 +36,13 @@ from src.distributed import say
 from src.engine import METRICS, evaluate, make_optimizer, metrics_table, train_one_epoch
 from src.loss import MultiBoxLoss
 from src.model import freeze
-from src.usage import UnreadableImage
+from src.usage import UnreadableImage, UserError
 from src.visualize import draw_detections
 
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     natural, positive = usage.number(int, 0), usage.number(int, 1)
     fraction, rate = usage.number(float, 0, 1), usage.number(float, 0)
     add = parser.add_argument_group("data").add_argument
@@ -100,6 +104,8 @@ def main():
     val_set = CocoDataset(args.data_path, args.val_set, size=size)
     classes, category_ids = train_set.classes, train_set.category_ids
     check_categories(val_set, category_ids, classes, train_set.annotation_file)
+    if not len(train_set.boxes):
+        raise UserError(f"{train_set.describe(train_set.annotation_file)}: no box to learn from; annotate some")
     sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
     iterations = len(sampler)  # in an epoch
 
@@ -109,10 +115,12 @@ def main():
     for data in (train_set, val_set):
         data.check_folder()
     usage.make_folder("--save-folder", args.save_folder)
-    usage.make_folder("--log-path", args.log_path)
+    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
     stopping.lock_save_folder(args.save_folder, args.model)
     latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
     stopped = find_stopped_run(latest, options)
+    if args.pretrained_model and not stopped:
+        usage.prepare_outputs([("--save-folder", latest), ("--save-folder", best)], [args.pretrained_model])
     look_over(train_set, val_set, check_files=not stopped)  # a resumed run finds broken files as it loads them
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     truth = ground_truth(val_set.annotation_file)
@@ -197,8 +205,7 @@ def look_over(train_set, val_set, check_files):
         if check_files:
             share = range(distributed.rank(), len(data), distributed.world_size())
             data.check_files(tqdm(share, f"checking {name} images", disable=distributed.rank() > 0, leave=False))
-        repairs = "".join(f", {count} {what}" for what, count in data.repairs.items())
-        say(f"{name}: {len(data)} images, {len(data.boxes)} boxes of {len(data.classes) - 1} classes{repairs}")
+        say(data.describe(name))
 
 
 def make_loaders(args, train_set, val_set, sampler, device):

@@ -53,7 +53,7 @@ HEADS = {"ssd": "3 x 3 convolutions", "ssdlite": "depthwise 3 x 3, then 1 x 1 co
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data-path", default="demo/shapes", help="folder in COCO layout")
     add("--train-set", default="train2017", help="set that default boxes, matching and augmentation are drawn on")

@@ -274,7 +274,7 @@ def make_dataset(folder, train=400, val=100, seed=0):
 
 def main():
     """Parse the command line and write the data set."""
-    parser = ArgumentParser(prog="python -m demo.shapes", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m demo.shapes", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="where to write; made when missing")
     for name, default, what in (
         ("train", 400, "training images"),

@@ -11,11 +11,11 @@ from src.checkpoint import load_checkpoint, save_checkpoint
 
 def main():
     """Read, halve, write."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="from train.py")
     parser.add_argument("output", help="file to write")
     args = parser.parse_args()
-    usage.make_writable("output", args.output, [args.checkpoint])
+    usage.prepare_outputs([("output", args.output)], [args.checkpoint])
     state = load_checkpoint(args.checkpoint)
     slim = {key: state[key] for key in ("model", "classes", "category_ids")}
     weights = state["model_state_dict"].items()

@@ -24,7 +24,7 @@ ROOM = 50  # pixels that a shape moves away from where it starts
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, help=".avi: the clip; .gif: the clip with detections")
     parser.add_argument("--pretrained-model", default="demo/ssdlite_shapes.pth", help="checkpoint, for .gif")
     parser.add_argument("--seed", type=usage.number(int, 0), default=0)
@@ -70,12 +70,12 @@ def main():
     ending = Path(args.output).suffix.lower()
     if ending not in (".avi", ".gif"):
         raise UserError(f"--output {args.output}: end it in .avi or .gif")
-    usage.make_writable("--output", args.output)
+    usage.prepare_outputs([("--output", args.output)], filter(None, [args.pretrained_model]))
     frames = moving_shapes(np.random.default_rng(args.seed))
     if ending == ".gif":
         write_gif(args.output, frames, Detector.load(args.pretrained_model, "cpu"))
         return
-    video = cv2.VideoWriter(args.output, cv2.VideoWriter.fourcc(*"MJPG"), RATE, (WIDTH, HEIGHT))
+    video = cv2.VideoWriter(usage.utf8("--output", args.output), cv2.VideoWriter.fourcc(*"MJPG"), RATE, (WIDTH, HEIGHT))
     if not video.isOpened():
         raise UserError(f"--output {args.output}: OpenCV cannot write it")
     for frame in frames:

@@ -3,8 +3,10 @@
 Nothing that is read is ever executed.
 """
 
+import hashlib
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,9 +15,9 @@ from torch import nn
 from src import distributed
 from src.boxes import DEFAULT_BOXES
 from src.distributed import say
-from src.model import MODELS, build_model
+from src.model import IMAGENET_WEIGHTS, MODELS, build_model
 from src.transform import IMAGENET_MEAN, IMAGENET_STD
-from src.usage import UserError
+from src.usage import UserError, is_lfs_pointer
 
 # COCO's 80 classes in the order of their category ids, which run from 1 to 90 with ten gaps.
 COCO_CLASSES = (
@@ -78,13 +80,7 @@ def start_network(args, stopped, classes):
     """The network to train: as the checkpoint `stopped` left it, to be fine-tuned, or new."""
     pretrained = not (stopped or args.pretrained_model or args.no_pretrained_backbone)
     pretrained = pretrained and distributed.rank() == 0  # DDP hands rank 0's weights to all
-    try:
-        network = build_model(args.model, len(classes), pretrained)
-    except OSError as error:
-        raise UserError(
-            f"no ImageNet weights ({error}): put them into {torch.hub.get_dir()}/checkpoints,"
-            " or train from scratch with --no-pretrained-backbone"
-        ) from error
+    network = with_imagenet(args.model, len(classes)) if pretrained else build_model(args.model, len(classes), False)
     source = stopped or (args.pretrained_model and load_checkpoint(args.pretrained_model))
     if source and source["model"] != args.model:
         raise UserError(f"the checkpoint is of {source['model']}: use --model {source['model']}")
@@ -98,6 +94,22 @@ def start_network(args, stopped, classes):
     elif source:
         say(fine_tune_from(network, source, classes, args.pretrained_model))
     return network
+
+
+def with_imagenet(model, num_classes):
+    """A new network with ImageNet's weights, which torchvision downloads once; UserError if there are none."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(IMAGENET_WEIGHTS[model].url).name
+    try:
+        return build_model(model, num_classes, pretrained_backbone=True)
+    except Exception as error:  # torch's reader meets a broken file with all sorts of errors
+        if isinstance(error, PermissionError) or not file.exists():
+            raise UserError(
+                f"no ImageNet weights ({error}): put them into {file.parent},"
+                " or train from scratch with --no-pretrained-backbone"
+            ) from error
+        if hashlib.sha256(file.read_bytes()).hexdigest().startswith(file.stem.rpartition("-")[2]):
+            raise  # the file is as it should be
+        raise UserError(f"{file}: cut short, or not the weights of that name: delete it, and start again") from error
 
 
 def save_run(file, progress, network, optimizer, scaler, by=0):
@@ -139,15 +151,24 @@ def load_checkpoint(path):
     At least `model` (name), `model_state_dict`, `classes` and `category_ids`, all on the CPU, and
     `layout`, a line for the user. Raises UserError for what is none.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; train one, or give its path")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: not a checkpoint of tensors and plain values; nothing in it was run") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{path}: may not be read; change its permissions") from error
     except Exception as error:  # torch's reader meets a broken file with all sorts of errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: a broken checkpoint ({reason}); use another") from error
+        if is_lfs_pointer(path):
+            what = "a Git LFS pointer, not the checkpoint itself: run git lfs pull"
+        elif "TorchScript" in str(error):
+            what = "a TorchScript file, a program and not a checkpoint; give what it was made from"
+        elif isinstance(error, pickle.UnpicklingError):
+            what = "not a checkpoint of tensors and plain values; nothing in it was run"
+        else:
+            what = f"a broken checkpoint ({(str(error) or type(error).__name__).splitlines()[0]}); use another"
+        raise UserError(f"{path}: {what}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if isinstance(state.get("model"), str):

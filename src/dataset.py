@@ -1,6 +1,7 @@
 """COCO annotations -> samples, and the sampler that gives each process its share of an epoch."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 from src.annotations import annotation_file, no_garbage_collection, read_annotations, trained_on
 from src.images import image_size, read_image
 from src.transform import augment, resize
-from src.usage import UnreadableImage, UserError
+from src.usage import UnreadableImage, UserError, quoted
 
 
 class CocoDataset(Dataset):
@@ -56,6 +57,13 @@ class CocoDataset(Dataset):
 
     def __len__(self):
         return len(self.image_ids)
+
+    def describe(self, name):
+        """What the set holds and what was repaired, in one line; each remark on its annotations in one more."""
+        told = [f"{count} {what}" for what, count in self.repairs.items()]
+        repairs, remarks = ([one for one in told if (": " in one) == is_remark] for is_remark in (False, True))
+        holds = f"{len(self)} images, {len(self.boxes)} boxes of {len(self.classes) - 1} classes"
+        return "\n".join(f"{name}: {line}" for line in [", ".join([holds, *repairs]), *remarks])
 
     def __getitem__(self, key):
         if self.encoder is None:
@@ -105,15 +113,23 @@ class CocoDataset(Dataset):
         missing = []
         for index in indices:
             path = self.path(index)
-            if not path.is_file():
-                missing.append(path.relative_to(self.folder))
+            if not os.path.isfile(path):  # unlike path.is_file() of names of any length
+                missing.append(os.fsdecode(self.file_names[index]))
             elif image_size(path) != tuple(self.sizes[index].tolist()):
                 self.read(index)
         if missing:
             raise UserError(
                 f"{self.annotation_file}: at least {len(missing)} of its {len(self)} images are not in"
-                f" {self.folder}, the first is {missing[0]}: copy them there"
+                f" {self.folder}, the first is {quoted(missing[0])}: copy them there" + self.name_like(missing[0])
             )
+
+    def name_like(self, name):
+        """For the message about a missing file: the name of one there that looks the same."""
+        plain = lambda text: unicodedata.normalize("NFKC", text).strip().casefold()  # noqa: E731
+        folder, name = os.path.split(self.folder / name)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        alike = [quoted(other) for other in names if plain(other) == plain(name)]
+        return f" (there is {alike[0]}: rename one)" if alike else ""
 
 
 def check_categories(data, category_ids, classes, source):
@@ -121,9 +137,9 @@ def check_categories(data, category_ids, classes, source):
     known = dict(zip(category_ids, classes[1:], strict=True))
     for category, name in zip(data.category_ids, data.classes[1:], strict=True):
         if known.get(category) != name:
-            there = f"is {known[category]!r}" if category in known else "does not exist"
+            there = f"is {quoted(known[category])}" if category in known else "does not exist"
             raise UserError(
-                f"{data.annotation_file}: its category {category}, {name!r}, {there} in {source}:"
+                f"{data.annotation_file}: its category {category}, {quoted(name)}, {there} in {source}:"
                 " ids and names must agree"
             )
 

@@ -22,6 +22,7 @@ TIMEOUT = timedelta(minutes=10)
 
 def set_up():
     """Join the processes that torchrun started, if it did; return this process's device."""
+    check_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -31,7 +32,11 @@ def set_up():
     if "RANK" in os.environ:
         # gloo carries Python objects and flags, NCCL the gradients.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, rank, world_size = open_store(TIMEOUT)
+        try:
+            store, rank, world_size = open_store(TIMEOUT)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+            raise UserError(f"{place}: no meeting there ({error}); choose another port, with --master-port") from error
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         except RuntimeError as error:
@@ -43,6 +48,19 @@ def set_up():
                 " to the network interface that leads to the others, such as eth0"
             ) from error
     return device
+
+
+def check_environment():
+    """UserError if the environment holds only a part of what torchrun tells a process, or something else."""
+    numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    wrong = [f"{name} is {value!r}" for name, value in numbers.items() if value and not value.isdecimal()]
+    if "RANK" in os.environ:
+        needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+        wrong += [f"{name} is not set" for name in needed if not os.environ.get(name)]
+        if not wrong and int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+            wrong = [f"RANK is {numbers['RANK']}, WORLD_SIZE {numbers['WORLD_SIZE']}"]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: start several processes with torchrun; for one, unset RANK")
 
 
 def open_store(timeout):

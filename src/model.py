@@ -11,6 +11,8 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 from src.boxes import DEFAULT_BOXES
 
+IMAGENET_WEIGHTS = {"ssd": ResNet50_Weights.IMAGENET1K_V2, "ssdlite": MobileNet_V2_Weights.IMAGENET1K_V2}
+
 
 def build_model(name, num_classes, pretrained_backbone=True):
     """Return the network `name` ("ssd" or "ssdlite") for `num_classes`, background included."""
@@ -26,7 +28,7 @@ class ResNet50Backbone(nn.Module):
         super().__init__()
         # Without pretrained weights features would grow from block to block, and the heads' first steps
         # explode: so each residual block starts as the identity. (Pretrained weights overwrite this.)
-        weights = ResNet50_Weights.IMAGENET1K_V2 if pretrained else None
+        weights = IMAGENET_WEIGHTS["ssd"] if pretrained else None
         resnet = resnet50(weights=weights, zero_init_residual=True)
         first = resnet.layer3[0]  # conv4
         first.conv1.stride = first.conv2.stride = first.downsample[0].stride = (1, 1)
@@ -80,7 +82,7 @@ class MobileNetV2Backbone(nn.Module):
 
     def __init__(self, pretrained):
         super().__init__()
-        weights = MobileNet_V2_Weights.IMAGENET1K_V2 if pretrained else None
+        weights = IMAGENET_WEIGHTS["ssdlite"] if pretrained else None
         features = mobilenet_v2(weights=weights).features
         block14 = features[14].conv  # 1x1 expansion, 3x3 depthwise with stride 2, 1x1 projection
         self.to_stride_16 = nn.Sequential(*features[:14], block14[0])

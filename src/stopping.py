@@ -34,7 +34,7 @@ def lock(file):
         # A POSIX lock: released when the process dies; forked workers do not inherit it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.read(descriptor, 999).decode() or "another run"
+        return os.read(descriptor, 999).decode(errors="replace") or "another run"
     except OSError as error:  # another user's file, or a network file system without locks
         say(f"{file}: no lock ({error.strerror}); make sure that no other run uses this folder")
         return ""
@@ -46,8 +46,8 @@ def lock(file):
 def stop_on_signals():
     """Return a list that fills with the signals which ask to stop.
 
-    Ctrl-C, SIGTERM and SIGHUP (the terminal closes) wait for the current step; a second Ctrl-C
-    leaves at once. What `nohup` ignores stays ignored.
+    Ctrl-C, SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 (clusters before their time
+    limit) wait for the current step; a second Ctrl-C leaves at once. What `nohup` ignores stays ignored.
     """
     received = []
 
@@ -79,7 +79,7 @@ def stop_at_once(file, received):
     def stop(number, frame=None):
         if distributed.rank() == 0:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(1, f"{saved_to(file)}\n".encode())
+                os.write(1, f"{saved_to(file)}\n".encode(errors="backslashreplace"))
         kill_workers()
         os._exit(128 + number)  # Python's exit would wait for the other processes
 

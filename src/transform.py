@@ -22,7 +22,7 @@ def augment(image, boxes, labels, rng, size, zoom_out=False):
         -> image (size, size, 3), boxes (K, 4), labels (K,), K <= G
     """
     if zoom_out:
-        image, boxes = expand(image, boxes, rng)
+        image, boxes = expand(image, boxes, rng, 10 * size)  # of which a crop takes 3 * size, at least
     image, boxes, labels = crop(image, boxes, labels, rng)
     image = resize(image, size)  # before the flip: the same image either way, with fewer pixels to move
     if rng.random() < 0.5:
@@ -30,17 +30,25 @@ def augment(image, boxes, labels, rng, size, zoom_out=False):
     return jitter_colours(image, rng), boxes, labels
 
 
-def expand(image, boxes, rng):
-    """Zoom out (SSD section 3.6): half the time, put the image on a canvas up to 4 times as wide and high."""
+def expand(image, boxes, rng, longest=10**6):
+    """Zoom out (SSD section 3.6): half the time, put the image on a canvas up to 4 times as wide and high.
+
+    A side of the canvas that would have more than `longest` pixels shrinks to that, and the image with it.
+    """
     if rng.random() < 0.5:
         return image, boxes
     height, width = image.shape[:2]
     ratio = rng.uniform(1, 4)
     canvas_h, canvas_w = int(height * ratio), int(width * ratio)
     top, left = rng.integers(canvas_h - height + 1), rng.integers(canvas_w - width + 1)
-    canvas = np.empty((canvas_h, canvas_w, 3), np.uint8)
+    shown_h, shown_w = min(canvas_h, longest), min(canvas_w, longest)
+    canvas = np.empty((shown_h, shown_w, 3), np.uint8)
     canvas[:] = np.round(255 * np.array(IMAGENET_MEAN))
-    canvas[top : top + height, left : left + width] = image
+    first_row, last_row = (round(y * shown_h / canvas_h) for y in (top, top + height))
+    first_column, last_column = (round(x * shown_w / canvas_w) for x in (left, left + width))
+    if (shown_h, shown_w) != (canvas_h, canvas_w):
+        image = resize(image, (last_row - first_row, last_column - first_column))
+    canvas[first_row:last_row, first_column:last_column] = image
     scale = np.array([width, height, width, height], np.float32)
     shift = np.array([left, top, left, top], np.float32)
     size = np.array([canvas_w, canvas_h, canvas_w, canvas_h], np.float32)
@@ -105,11 +113,14 @@ def flip(image, boxes):
 
 
 def resize(image, size):
-    """(H, W, 3) uint8 -> (size, size, 3) uint8, bilinear with antialiasing; the aspect ratio is not kept."""
+    """(H, W, 3) uint8 -> (size, size, 3) uint8, bilinear with antialiasing; the aspect ratio is not kept.
+
+    size: one number, or height and width.
+    """
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     # A patch is a view into its image: copied into one piece it is resized twice as fast.
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-    pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
     return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
 
 

@@ -5,9 +5,21 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
+import unicodedata
 from pathlib import Path
+
+# What a system says of a file that no line of ours foresaw, and what a user can do about it.
+REMEDIES = {
+    errno.ENOSPC: "make room and start again",
+    errno.EDQUOT: "make room and start again",
+    errno.EACCES: "change its permissions, or choose another",
+    errno.EPERM: "change its permissions, or choose another",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 class UserError(Exception):
@@ -29,8 +41,9 @@ class HelpFormatter(argparse.HelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, where `--save_folder` is as good as `--save-folder` and errors take one line."""
 
-    def __init__(self, **settings):
-        super().__init__(formatter_class=HelpFormatter, **settings)
+    def __init__(self, description=None, **settings):
+        first_line = (description or "").partition("\n")[0]  # of a docstring, which `python -OO` leaves out
+        super().__init__(description=first_line, formatter_class=HelpFormatter, **settings)
 
     def parse_args(self, args=None):
         """Parse `args` (default: the command line); exits with status 2 on a mistake."""
@@ -73,23 +86,63 @@ def make_folder(option, folder):
         raise UserError(f"{option} {folder}: may not be written to; choose another")
 
 
-def make_writable(option, path, inputs=()):
+def make_writable(option, path):
     """Make sure that a file can be written at `path`: its folder is made, with all above it.
 
-    UserError if it cannot, or if it is one of the `inputs` (paths that may not exist).
+    UserError if it cannot.
     """
-    path = Path(path)
-    for file in map(Path, inputs):
-        if path.exists() and file.exists() and path.samefile(file):
-            raise UserError(f"{option} {path}: is the input itself; give another name")
-    if path.is_dir():
+    if os.path.isdir(path) or str(path).endswith(os.sep):
         raise UserError(f"{option} {path}: is a folder; give a file's name")
+    folder = Path(path).parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot make its folder ({error.strerror})") from error
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise UserError(f"{option} {path}: may not be written; choose another place")
+
+
+def prepare_outputs(outputs, inputs):
+    """Make sure that all outputs, [(option, path), ...], can be written, as make_writable does.
+
+    UserError if one of them is one of the inputs (paths, which need not exist), or another output.
+    """
+    known = {identity(path): "an input" for path in inputs}
+    for option, path in outputs:
+        file = identity(path)
+        if file in known:
+            raise UserError(f"{option} {path}: is {known[file]}, too; give another name")
+        known[file] = f"what {option} writes"
+    for option, path in outputs:
+        make_writable(option, path)
+
+
+def identity(path):
+    """The same for all names of a file, which need not exist."""
+    try:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+
+
+def utf8(option, path):
+    """A path for what takes UTF-8 only, such as OpenCV and TensorBoard; UserError if it is in another encoding."""
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeError as error:
+        raise UserError(f"{option} {path}: its name is not in UTF-8; rename it") from error
+
+
+def quoted(value):
+    """A value of the user's as it is to be shown: '139' is not 139, and what looks alike is escaped."""
+    return repr(value) if unicodedata.is_normalized("NFC", str(value)) else ascii(value)
+
+
+def is_lfs_pointer(path):
+    """True for what a clone without Git LFS holds in place of a large file."""
+    with open(path, "rb") as file:
+        return file.read(100).startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def quit_on_ctrl_c():
@@ -100,8 +153,8 @@ def quit_on_ctrl_c():
     handle_signals(lambda *_: os._exit(130), [signal.SIGINT])
 
 
-# Those that ask a script to end: Ctrl-C, kill, a closed terminal (which Windows does not tell).
-ENDING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+# Those that ask a script to end: Ctrl-C, kill, a closed terminal, a cluster before its time limit.
+ENDING = [getattr(signal, n) for n in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2".split() if hasattr(signal, n)]
 
 
 def handle_signals(handler, numbers=ENDING):
@@ -125,15 +178,15 @@ class LossyFile(io.FileIO):
 
 
 def lossy(stream):
-    """A text stream that writes to the same place as `stream`, into a LossyFile."""
+    """A text stream that writes to the same place as `stream`, into a LossyFile; what it cannot encode is escaped."""
     stream.flush()
     file = io.BufferedWriter(LossyFile(stream.fileno(), "w", closefd=False))
     by_line = stream.line_buffering or stream.write_through  # the latter: PYTHONUNBUFFERED
-    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=by_line)
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=by_line)
 
 
 def run(main):
-    """Call `main`; a UserError or a full disk becomes one line on standard error and status 2.
+    """Call `main`; a UserError, or a file that the system refuses, becomes one line on standard error and status 2.
 
     Ctrl-C, where a script does not see to it itself, ends it with status 130. A lost standard
     output or error (`| head`, a closed terminal) does not end it.
@@ -151,10 +204,16 @@ def run(main):
         # From a loader's worker the error arrives wrapped in that worker's traceback.
         sys.exit(complain(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.errno not in REMEDIES or not (error.filename or full):
             raise
         where = error.filename or "a disk that is written to"
-        sys.exit(complain(f"{where}: {error.strerror}; make room and start again"))
+        sys.exit(complain(f"{where}: {error.strerror}; {REMEDIES[error.errno]}"))
+    except RuntimeError as error:  # torch's, of a loader's worker
+        if not re.search(r"torch_\w+>: No space left|signal: Bus error", str(error)):
+            raise
+        remedy = "use --num-workers 0, or give it more (docker run --ipc=host)"
+        sys.exit(complain(f"no shared memory is left for the loading processes: {remedy}"))
 
 
 def complain(message):

@@ -28,7 +28,8 @@ def draw_detections(image, boxes, labels, scores, classes):
         corners = np.round(np.asarray(boxes[k])).astype(int).reshape(2, 2)
         first, last = corners.clip(0, (width - 1, height - 1)).tolist()  # on the last pixel too
         cv2.rectangle(image, first, last, class_colour(int(labels[k])), thickness)
-    texts = [classes[int(label)] for label in labels]
+    # OpenCV crashes on half a character, which a checkpoint may hold.
+    texts = [classes[int(label)].encode(errors="replace").decode() for label in labels]
     if scores is not None:
         texts = [f"{text} {float(score):.2f}" for text, score in zip(texts, scores, strict=True)]
     plates = place_labels(texts, boxes, size, (width, height))

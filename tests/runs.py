@@ -1,14 +1,20 @@
 """Running the scripts, and looking at what a run left behind."""
 
+import atexit
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src import usage
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -23,6 +29,22 @@ def run(*command, status=0):
     return done
 
 
+def run_here(monkeypatch, script, *options):
+    """Run a script in this process, which takes no seconds to start; its exit status."""
+    handlers = {number: signal.getsignal(number) for number in usage.ENDING}
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    monkeypatch.setattr(atexit, "register", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
 def free_port():
     """A port that nothing listens on."""
     with socket.socket() as probe:
@@ -34,6 +56,14 @@ def join(rank, world_size, port):
     """What torchrun does for a process: its environment."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def make_video(path, frames, codec="MJPG", rate=29.97):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, (320, 240))
+    for step in range(frames):
+        frame = np.full((240, 320, 3), 90, np.uint8)
+        writer.write(cv2.circle(frame, (60 + 20 * step, 120), 40, (0, 200, 255), cv2.FILLED))
+    writer.release()
 
 
 def frames_of(path):

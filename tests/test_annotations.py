@@ -24,12 +24,12 @@ def test_crowds_are_counted_kept_for_evaluation_and_not_trained_on(tmp_path):
 
 def test_boxes_without_area_are_left_out_and_counted(tmp_path):
     nan = float("nan")
-    bad = [[10, 10, 0, 5], [10, 10, 5, 0], [10, 10, -5, 5], [10, 10, 5, -5], [nan, 1, 5, 5]]
+    bad = [[10, 10, 0, 5], [10, 10, 5, 0], [10, 10, -0.0, 5], [5, 5, -5, 0], [nan, 1, 5, 5]]
     bad += [[1, 1, nan, 5], [200, 10, 5, 5], [10, -20, 5, 5]]  # the last two are outside
     file = small_dataset(tmp_path, [box(10, bbox) for bbox in bad] + [box(10, [10, 10, 5, 5])])
     data = CocoDataset(tmp_path, "set")
     np.testing.assert_allclose(data.boxes, [(0.1, 0.2, 0.15, 0.3)], atol=1e-6)
-    assert dict(data.repairs) == {"boxes of no area left out": len(bad)}
+    assert data.repairs["boxes of no area left out"] == len(bad)
     assert len(ground_truth(file).anns) == 1
 
 
@@ -45,7 +45,7 @@ def test_boxes_that_reach_outside_are_clipped(tmp_path):
     file = small_dataset(tmp_path, [box(10, [-10, 40, 30, 20]), box(10, [90, -5, 20, 30])])
     data = CocoDataset(tmp_path, "set")
     np.testing.assert_allclose(data.boxes, [(0, 0.8, 0.2, 1), (0.9, 0, 1, 0.5)], atol=1e-6)
-    assert dict(data.repairs) == {"boxes clipped to their image": 2}
+    assert data.repairs["boxes clipped to their image"] == 2
     assert [a["bbox"] for a in ground_truth(file).anns.values()] == [[0, 40, 20, 10], [90, 0, 10, 25]]
 
 
@@ -58,6 +58,59 @@ def test_a_missing_area_or_iscrowd_is_derived(tmp_path):
     repairs = CocoDataset(tmp_path, "set").repairs
     assert sorted(repairs.values()) == [1, 1, 2]
     assert [n for what, n in repairs.items() if "area" in what] == [2]
+
+
+@pytest.mark.parametrize("area", [0, 0.0, -5, False, True, "0", None])
+def test_an_area_that_is_none_is_derived(tmp_path, area):
+    file = small_dataset(tmp_path, [box(10, [5, 5, 20, 10], area=area)])
+    assert ground_truth(file).anns[1]["area"] == 200
+
+
+def test_boxes_drawn_right_to_left_or_upwards_are_turned_round(tmp_path):
+    corners = [[30, 20, -20, 10], [10, 30, 20, -10], [30, 30, -20, -10], [10, 20, 20, 10], [5, 30, -15, -10]]
+    file = small_dataset(tmp_path, [box(10, bbox) for bbox in corners])
+    boxes = [a["bbox"] for a in ground_truth(file).anns.values()]
+    assert boxes == [[10, 20, 20, 10]] * 4 + [[0, 20, 5, 10]]  # the last one reached outside
+    repairs = CocoDataset(tmp_path, "set").repairs
+    assert [n for what, n in repairs.items() if "turned round" in what] == [4]
+    assert not any("of no area" in what for what in repairs)
+
+
+def remarks(folder):
+    """The lines with a likely cause that a data set's description has after the first."""
+    return CocoDataset(folder, "set").describe("some set").splitlines()[1:]
+
+
+def test_boxes_that_are_there_twice_are_counted_on_a_line(tmp_path):
+    one = box(10, [10, 10, 20, 30])
+    others = [one | {"category_id": 2}, one | {"image_id": 20}, box(10, [10, 12, 20, 30])]
+    same = [one, box(10, [10.0, 10.001, 20, 29.999])]
+    file = small_dataset(tmp_path, [one, *others])
+    assert remarks(tmp_path) == []
+    content = json.loads(file.read_text())
+    content["annotations"] += same
+    file.write_text(json.dumps(content))
+    (line,) = remarks(tmp_path)
+    assert line.startswith("some set: 2 boxes are the same") and "merged" in line
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "./a.jpg", "sub/../a.jpg"])
+def test_a_file_in_two_image_entries_is_counted_on_a_line(tmp_path, name):
+    images = [{"id": i, "file_name": n, "width": 9, "height": 9} for i, n in enumerate(["a.jpg", name, "b.jpg"])]
+    (tmp_path / "set" / "sub").mkdir(parents=True)
+    small_dataset(tmp_path, images=images)
+    (line,) = remarks(tmp_path)
+    assert line.startswith("some set: 1 images") and "merged" in line
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_corners_in_place_of_sizes_are_suspected(tmp_path, corners):
+    boxes = [[5, 5, 30, 20], [50, 20, 40, 20], [60, 5, 30, 30], [20, 30, 30, 15]]
+    entries = [box(10, [x, y, x + w, y + h] if corners else [x, y, w, h]) for x, y, w, h in boxes]
+    small_dataset(tmp_path, [*entries, box(20, [90, 40, 20, 20])])  # the last one is clipped anyway
+    found = remarks(tmp_path)
+    assert len(found) == corners
+    assert not corners or "some set: 4 boxes" in found[0] and "corners" in found[0]
 
 
 @pytest.mark.parametrize("ids", [(5, 5, 6), (0, 1, 2), (None, None, None)])
@@ -84,6 +137,10 @@ def test_good_annotations_are_left_as_they_are(tmp_path):
         lambda image, annotation: image.update(width=float(image["width"])),
         lambda image, annotation: annotation.update(iscrowd=False),
         lambda image, annotation: annotation.update(difficult="Unspecified"),  # no business of COCO's
+        lambda image, annotation: image.update(id=2.0**40),
+        lambda image, annotation: annotation.update(image_id=2.0**40),
+        lambda image, annotation: annotation.update(category_id=7.0),
+        lambda image, annotation: annotation.update(area=0),
         lambda image, annotation: annotation.update(id="a1"),
         lambda image, annotation: annotation.update(area="12"),
         lambda image, annotation: annotation.update(area=float("nan")),
@@ -151,6 +208,25 @@ FATAL = {
     "category without a letter": ({"categories": CATEGORIES + [{"id": 9, "name": " "}]}, "9"),
     "name twice": ({"categories": CATEGORIES + [{"id": 9, "name": "cat"}]}, "[2, 9]"),
     "boxes in fractions": ({"annotations": [box(10, [0.1, 0.2, 0.5, 1.0])] * 2}, "pixels"),
+    "no bbox": ({"annotations": [{"id": 77, "image_id": 10, "category_id": 7}]}, "77: has no 'bbox'"),
+    "box turned": ({"annotations": [box(10, [1, 2, 3, 4, 30], id=77)]}, "77: bbox [1, 2, 3, 4, 30]"),
+    "box null": ({"annotations": [box(10, [1, 1, 5, 5], id=77) | {"bbox": None}]}, "77: bbox None"),
+    "box of text": ({"annotations": [box(10, [1, 1, "5", 5], id=77)]}, "77: bbox [1, 1, '5', 5]"),
+    "no id, no bbox": ({"annotations": [{"image_id": 10, "category_id": 7}]}, "annotations[0]: has no 'bbox'"),
+    "box too large": ({"annotations": [box(10, [1, 1, 10**400, 5], id=77, area=1)]}, "77: "),
+    "crowd a string": ({"annotations": [box(10, [1, 1, 5, 5], id=77, iscrowd="0")]}, "77: iscrowd '0'"),
+    "image of text": ({"annotations": [box("10", [1, 1, 5, 5], id=77)]}, "77: unknown image_id '10'"),
+    "image a list": ({"annotations": [box([10], [1, 1, 5, 5], id=77)]}, "77: unknown image_id [10]"),
+    "category true": ({"annotations": [box(10, [1, 1, 5, 5], True, id=77)]}, "77: unknown category_id True"),
+    "width missing": ({"images": [{"id": 139, "file_name": "a.jpg"}]}, "139, file_name 'a.jpg': has no 'width'"),
+    "width null": (entry(id=139, width=None), "139, file_name 'a.jpg': width and height are None and 9"),
+    "width of text": (entry(id=139, width="9"), "width and height are '9' and 9"),
+    "image id of text": (entry(id="139"), "id '139'"),
+    "image id a fraction": (entry(id=1.5), "id 1.5"),
+    "image id infinite": (entry(id=float("inf")), "id inf"),
+    "file name null": (entry(id=139, file_name=None), "139, file_name None"),
+    "half a character": ({"categories": [*CATEGORIES, {"id": 9, "name": "Caf\udce9"}]}, "9, name 'Caf\\udce9': half"),
+    "half a file name": (entry(id=139, file_name="\ud83d.jpg"), "139, file_name '\\ud83d.jpg': half"),
     "category ids of two kinds": ({"categories": CATEGORIES + [{"id": "x", "name": "x"}]}, ""),
 }  # fmt: skip
 

@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +186,62 @@ def test_what_is_no_checkpoint_is_a_users_error_that_names_the_file(tmp_path, na
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_messages_about_what_is_no_checkpoint_say_what_it_is(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(NO_CHECKPOINTS["git lfs pointer"])
+    with pytest.raises(UserError, match="Git LFS pointer.*git lfs pull"):
+        load_checkpoint(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
+    with warnings.catch_warnings(), pytest.raises(UserError) as error:
+        warnings.simplefilter("error")
+        load_checkpoint(path)
+    assert "TorchScript" in str(error.value) and "weights_only" not in str(error.value)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pth", SMALL)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "a.pth")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(UserError, match="a.pth: may not be read") as error:
+        load_checkpoint(tmp_path / "a.pth")
+    assert "broken" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["cut", "page", "empty", "another network", "no dict", "pointer"])
+def test_a_wrong_file_of_imagenets_weights_is_named(tmp_path, monkeypatch, content):
+    file = tmp_path / "hub" / "checkpoints" / "mobilenet_v2-7ebf99e0.pth"
+    file.parent.mkdir(parents=True)
+    torch.save({"features.weight": torch.ones(3)} if content == "another network" else torch.ones(999), file)
+    whole = file.read_bytes()
+    wrong = {"cut": whole[:-300], "page": b"<!DOCTYPE html>", "empty": b"", "pointer": b"version https://git-lfs"}
+    file.write_bytes(wrong.get(content, whole))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        checkpoint.with_imagenet("ssdlite", 3)
+    assert str(file) in str(error.value) and "delete it" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_download_that_fails_and_a_bug_of_ours_are_not_blamed_on_the_file(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("invalid hash value")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with pytest.raises(UserError, match="no ImageNet weights .invalid hash.*--no-pretrained-backbone"):
+        checkpoint.with_imagenet("ssdlite", 3)
+    file = tmp_path / "hub" / "checkpoints" / "mobilenet_v2-7ebf99e0.pth"
+    file.write_bytes(b"whole")
+    monkeypatch.setattr(checkpoint, "build_model", fail)
+    monkeypatch.setattr(checkpoint.hashlib, "sha256", lambda _: SimpleNamespace(hexdigest=lambda: "7ebf99e0aa"))
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        checkpoint.with_imagenet("ssdlite", 3)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -1,6 +1,8 @@
 """src.dataset against hand-worked values: boxes, classes, samples, and the sampler."""
 
+import json
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +105,43 @@ def test_categories_may_be_fewer_but_must_agree_in_id_and_name(tmp_path):
         with pytest.raises(UserError) as error:
             check_categories(data, ids, ["background", *names], "other.json")
         assert named in str(error.value) and str(data.annotation_file) in str(error.value)
+
+
+def test_names_that_look_alike_are_told_apart(tmp_path):
+    small_dataset(tmp_path, categories=[{"id": 7, "name": "Cafe\u0301"}])  # in Unicode's other form
+    data = CocoDataset(tmp_path, "set")
+    with pytest.raises(UserError, match=r"'Cafe\\u0301', is 'Café' in"):
+        check_categories(data, [7], ["background", "Café"], "other.json")
+
+
+@pytest.mark.parametrize(
+    "there, wanted, shown",
+    [
+        ("café.jpg", "cafe\u0301.jpg", r"'cafe\u0301.jpg'"),
+        ("a.jpg", "a.jpg\n", r"'a.jpg\n'"),
+        ("a.JPG", "a.jpg", "'a.jpg'"),
+        ("sub/a b.jpg", "sub/a\u00a0b.jpg", r"'sub/a\xa0b.jpg'"),
+    ],
+)
+def test_a_missing_image_is_shown_with_the_name_that_looks_like_it(tmp_path, there, wanted, shown):
+    file = small_dataset(tmp_path, images=[{"id": 1, "file_name": there, "width": 9, "height": 9}])
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = wanted
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        CocoDataset(tmp_path, "set").check_files([0])
+    assert f"the first is {shown}" in str(error.value) and f"there is '{Path(there).name}'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder/a.jpg", "a" * 300 + ".jpg", "sub/" * 50 + "a.jpg", "a\0b.jpg"])
+def test_names_that_no_file_has_are_missing(tmp_path, name):
+    file = small_dataset(tmp_path)
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = name
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="1 of its 2 images are not in") as error:
+        CocoDataset(tmp_path, "set").check_files(range(2))
+    assert name[:30].split("\0")[0] in str(error.value)
 
 
 def test_missing_images_are_found_at_once_with_file_and_folder(tmp_path):

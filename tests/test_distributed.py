@@ -1,6 +1,7 @@
 """src.distributed in real gloo processes, and what DistributedDataParallel makes of a batch."""
 
 import os
+import socket
 import time
 from datetime import timedelta
 
@@ -19,6 +20,34 @@ from src.engine import METRICS, coco_metrics, coco_results, evaluate, run_coco_e
 from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.usage import UserError
+
+
+@pytest.mark.parametrize(
+    "environment, named",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set, MASTER_ADDR is not set, MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR is not set"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK is not set"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK is 2, WORLD_SIZE 2"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{used}"}, "MASTER_PORT {used}"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT 70000"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_is_a_users_error(monkeypatch, environment, named):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as other:  # has the port
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        used = other.getsockname()[1]
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value.format(used=used))
+        with pytest.raises(UserError) as error:
+            distributed.set_up()
+    assert named.format(used=used) in str(error.value) and "\n" not in str(error.value)
+    assert not torch.distributed.is_initialized()
 
 
 def shared_buffer(value):

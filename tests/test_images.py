@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 from samples import scene
 
-from src.images import read_image
+from src.images import image_size, read_image, save_image
 from src.usage import UserError
 
 AWKWARD = Path(__file__).parents[2] / "shared" / "data" / "awkward"
@@ -68,6 +68,45 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, channels):
     ours = read_image(tmp_path / "a.png")
     assert ours.shape == (50, 64, 3)
     np.testing.assert_allclose(ours, np.stack([levels / 257] * 3, axis=2), atol=1)
+
+
+RAMP = np.linspace(0, 1, 64 * 50, dtype=np.float32).reshape(50, 64)
+
+
+@pytest.mark.parametrize(
+    "name, levels, expected",
+    [
+        ("a.tif", RAMP, RAMP),
+        ("a.pfm", RAMP, RAMP),
+        ("a.tif", 0.5 * RAMP, 0.5 * RAMP),  # no stretch of what is dark
+        ("a.tif", 290 + 20 * RAMP, RAMP),  # a thermal camera's kelvins
+        ("a.tif", 1.5 * RAMP - 0.2, RAMP),  # a resampling that overshot
+        ("a.tif", np.where(RAMP > 0.99, np.nan, RAMP), np.where(RAMP > 0.99, 0, RAMP)),
+        ("a.tif", np.where(RAMP > 0.99, np.inf, RAMP), np.where(RAMP > 0.99, 1, RAMP)),
+        ("a.tif", np.full((50, 64), np.nan, np.float32), 0 * RAMP),
+        ("a.tif", 0 * RAMP, 0 * RAMP),
+        ("a.tif", (255 * RAMP).astype(np.int32), RAMP),  # 8 bits in 32
+        ("a.tif", (65535 * RAMP).astype(np.int32), RAMP),
+        ("a.tif", (4095 * RAMP).astype(np.int32), RAMP / 16),  # valid and dark, as in 16 bits
+        ("a.tif", (4095 * RAMP).astype(np.uint16), RAMP / 16),
+        ("a.tif", (2e9 * RAMP).astype(np.int32), RAMP),
+        ("a.tif", (4e9 * RAMP).astype(np.uint32), RAMP),
+        ("a.tif", (3000 * RAMP - 1000).astype(np.int16), RAMP),  # computed tomography
+        ("a.pgm", (65535 * RAMP).astype(np.uint16), RAMP),
+    ],
+)  # fmt: skip
+def test_levels_beyond_8_bits_and_floats_are_scaled_not_clipped(tmp_path, name, levels, expected):
+    cv2.imwrite(str(tmp_path / name), levels)
+    ours = read_image(tmp_path / name)
+    assert ours.dtype == np.uint8 and ours.shape == (50, 64, 3)
+    np.testing.assert_allclose(ours[..., 0], 255 * expected, atol=1.01)
+
+
+def test_sixteen_bits_are_turned_upright(tmp_path):
+    exif, levels = Image.Exif(), np.arange(6, dtype=np.uint16).reshape(2, 3) << 12
+    exif[0x0112] = 6
+    Image.fromarray(levels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[..., 0], np.rot90(levels >> 8, -1))
 
 
 def test_an_animated_gif_is_read_as_its_first_frame(tmp_path):
@@ -204,6 +243,27 @@ def test_the_error_about_too_many_pixels_names_the_remedy(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: more than 178 million pixels: scale it down"):
             read_image(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_hundred_megapixels_are_no_cause_for_a_warning(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_header(10_000, 10_000))
+    assert image_size(tmp_path / "a.png") == (10_000, 10_000)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7\nsize 12345\n")
+    with pytest.raises(UserError, match="a.jpg.*Git LFS.*git lfs pull"):
+        read_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "gif", "avif", "tga", "no_such_folder/a.png"])
+def test_an_image_that_cannot_be_written_is_a_users_error(tmp_path, ending):
+    file = tmp_path / f"a.{ending}"
+    with pytest.raises(UserError) as error:
+        save_image(np.zeros((2, 70_000, 3), np.uint8), file, quality=90)
+    assert str(file) in str(error.value) and "70000x2" in str(error.value) and "\n" not in str(error.value)
+    assert not file.exists()
 
 
 def test_a_missing_file_and_a_folder_are_users_errors(tmp_path):

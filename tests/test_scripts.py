@@ -1,6 +1,5 @@
 """The command lines, run as a user runs them: train, resume, evaluate, detect."""
 
-import atexit
 import fcntl
 import json
 import math
@@ -25,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ENV, ROOT, TORCHRUN, frames_of, run, scalars
+from runs import ENV, ROOT, TORCHRUN, frames_of, make_video, run, run_here, scalars
 from samples import mb2_ssd_lite
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -224,14 +223,6 @@ def test_image_script_keeps_the_sub_folders(shapes, tmp_path, monkeypatch):
     assert names == {"a_prediction.jpg", "one/a_prediction.jpg", "one/two/b_prediction.jpg"}
 
 
-def make_video(path, frames, codec="MJPG", rate=29.97):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, (320, 240))
-    for step in range(frames):
-        frame = np.full((240, 320, 3), 90, np.uint8)
-        writer.write(cv2.circle(frame, (60 + 20 * step, 120), 40, (0, 200, 255), cv2.FILLED))
-    writer.release()
-
-
 def test_video_script(trained, tmp_path):
     clip = tmp_path / "clip.mp4"
     make_video(clip, 7, "mp4v")
@@ -326,7 +317,7 @@ def test_an_animation_of_odd_size_has_its_frames_and_colours(detect, tmp_path):
     first, *others = (Image.new("RGB", (321, 241), colour) for colour in colours)
     first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=durations)
     frames, rate = detect(tmp_path / "a.gif")
-    assert len(frames) == 8 and frames[0].shape[:2] == (240, 320)
+    assert len(frames) == 8 and frames[0].shape[:2] == (242, 322)
     assert len(frames) / rate == pytest.approx(sum(durations) / 1000, abs=1 / rate)
     for frame, colour in zip(frames, colours, strict=True):
         assert abs(frame[120, 160, ::-1] - colour).max() < 12
@@ -495,22 +486,6 @@ def test_a_second_run_into_a_save_folder_is_refused_until_the_first_ends(shapes,
 def test_a_published_checkpoint_is_no_training_to_go_on_with(shapes, tmp_path):
     torch.save({"model_state_dict": {}}, tmp_path / "ssdlite.pth")
     assert "--pretrained-model" in train(shapes, tmp_path, status=2).stderr
-
-
-def run_here(monkeypatch, script, *options):
-    """Run a script in this process, which takes no seconds to start; its exit status."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-    monkeypatch.setattr(atexit, "register", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return 0
 
 
 # What pycocotools makes of the files alone, in a process that knows nothing of this project.

@@ -21,7 +21,7 @@ from torchvision.models import mobilenet_v2
 from torchvision.transforms.functional import normalize, to_tensor
 
 import train
-from src import distributed, stopping
+from src import distributed, stopping, usage
 from src.checkpoint import start_network
 from src.engine import METRICS, make_optimizer
 from src.images import read_image
@@ -182,8 +182,20 @@ def test_training_starts_from_imagenets_features(imagenet_network, tmp_path):
         assert last.std() > 0.1  # 6e-9 in an untrained network
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_clusters_warning_of_its_time_limit_stops_a_run(number):
+    before = {n: signal.getsignal(n) for n in usage.ENDING}
+    try:
+        received = stopping.stop_on_signals()
+        os.kill(os.getpid(), number)
+        assert received == [number]
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
 def test_a_closed_terminal_stops_a_run_but_for_nohup():
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: signal.getsignal(n) for n in usage.ENDING}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         received = stopping.stop_on_signals()

@@ -68,6 +68,35 @@ def test_boxes_stay_with_their_pixels(no_jitter, zoom_out):
     assert (min(areas) < 0.02) == zoom_out
 
 
+def test_a_canvas_larger_than_needed_shrinks_and_its_boxes_stay_with_their_pixels():
+    image, pixels = np.zeros((400, 600, 3), np.uint8), np.array([120, 100, 420, 340])
+    image[100:340, 120:420] = 255
+    boxes, shrunk = (pixels / (600, 400, 600, 400)).astype(np.float32)[None], 0
+    for seed in range(12):
+        whole, expected = transform.expand(image, boxes, np.random.default_rng(seed))
+        canvas, moved = transform.expand(image, boxes, np.random.default_rng(seed), 700)
+        assert canvas.shape[:2] == (min(700, whole.shape[0]), min(700, whole.shape[1]))
+        np.testing.assert_array_equal(moved, expected)
+        if canvas.shape == whole.shape:
+            np.testing.assert_array_equal(canvas, whole)
+            continue
+        shrunk += 1
+        white = canvas.min(axis=2) > 200
+        rows, columns = white.any(axis=1).nonzero()[0], white.any(axis=0).nonzero()[0]
+        found = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        np.testing.assert_allclose(found, moved[0] * np.tile(canvas.shape[1::-1], 2), atol=1.5)
+    assert 2 < shrunk < 10
+
+
+def test_zooming_out_of_a_photograph_makes_no_more_pixels_than_a_crop_can_use(no_jitter, monkeypatch):
+    sizes, crop = [], transform.crop
+    monkeypatch.setattr(transform, "crop", lambda image, *rest: sizes.append(image.shape) or crop(image, *rest))
+    for seed in range(2):
+        image, rng = np.zeros((2000, 3000, 3), np.uint8), np.random.default_rng(seed)
+        transform.augment(image, np.float32(ONE_OBJECT), np.ones(1, int), rng, 300, zoom_out=True)
+    assert max(max(size) for size in sizes) <= 3000
+
+
 def test_boxes_of_an_augmented_image_are_valid():
     rng = np.random.default_rng(0)
     for seed in range(300):

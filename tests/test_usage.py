@@ -156,7 +156,50 @@ def test_a_main_that_ends_well_says_nothing(capsys):
     assert done == [1] and capsys.readouterr() == ("", "")
 
 
-# make_writable
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EROFS])
+def test_a_file_that_the_system_refuses_is_one_line_and_status_2(capsys, number):
+    def main():
+        raise OSError(number, os.strerror(number), "some/file")
+
+    err = answer(main, capsys)
+    assert err.startswith(f"error: some/file: {os.strerror(number)}; ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [  # torch's, of several versions
+        "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to allocate shared memory(shm)"
+        " for file </torch_6864_2028367540_0>: No space left on device (28)",
+        "unable to write to file </torch_33_1>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are"
+        " out of shared memory. Please try to raise your shared memory limit.",
+    ],
+)
+def test_too_little_shared_memory_is_one_line_with_both_remedies(capsys, message):
+    def main():
+        raise RuntimeError(message)
+
+    err = answer(main, capsys)
+    assert "--ipc=host" in err and "--num-workers 0" in err and err.count("\n") == 1
+
+
+def test_a_parser_is_described_by_the_first_line_of_a_docstring_that_there_may_not_be():
+    assert "one\n" in usage.ArgumentParser(description="one\n\ntwo").format_help()
+    assert "two" not in usage.ArgumentParser(description="one\n\ntwo").format_help()
+    assert "--help" in usage.ArgumentParser(description=None).format_help()  # python -OO
+
+
+def test_scripts_find_their_modules_without_their_folder_on_the_path():
+    code = "import runpy, sys\nsys.modules['torch'] = sys.modules['cv2'] = None  # not to wait for them\n"
+    code += "for script in sys.argv[1:]:\n    try:\n        runpy.run_path(script)\n"
+    code += "    except ImportError as error:\n        print(error.name.split('.')[0])\n"
+    scripts = [str(path) for path in ROOT.glob("*.py")]
+    command = [sys.executable, "-P", "-c", code, *scripts]
+    said = subprocess.check_output(command, cwd="/", text=True).split()
+    assert len(said) == len(scripts) >= 5 and set(said) <= {"torch", "cv2"}
+
+
+# make_writable, prepare_outputs
 
 
 def test_make_writable_makes_the_folder_and_no_file(tmp_path):
@@ -165,6 +208,23 @@ def test_make_writable_makes_the_folder_and_no_file(tmp_path):
     usage.make_writable("--output", tmp_path / "new" / "several" / "levels" / "deep" / "c.json")
     assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["several"]
     assert os.listdir(tmp_path / "new" / "several" / "levels" / "deep") == []
+
+
+def test_outputs_are_apart_from_one_another_and_from_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("input")
+    Path("link").symlink_to("in.txt")
+    Path("dangling").symlink_to("new.txt")
+    Path("folder").symlink_to(".")
+    os.link("in.txt", "hard")
+    for outputs in (["in.txt"], ["link"], ["hard"], ["folder/in.txt"], ["no.txt"]):
+        with pytest.raises(UserError, match=f"--json {outputs[0]}: is an input"):
+            usage.prepare_outputs([("--json", path) for path in outputs], ["in.txt", "no.txt"])
+    for path in ("new.txt", "./new.txt", "folder/new.txt", "dangling", str(tmp_path / "new.txt")):
+        with pytest.raises(UserError, match="is what --output writes"):
+            usage.prepare_outputs([("--output", "new.txt"), ("--json", path)], ["in.txt"])
+    usage.prepare_outputs([("--output", "new/a.txt"), ("--json", "b.txt")], ["in.txt"])
+    assert Path("in.txt").read_text() == "input" and Path("new").is_dir()
 
 
 def test_make_writable_keeps_an_old_file(tmp_path):
@@ -176,10 +236,12 @@ def test_make_writable_keeps_an_old_file(tmp_path):
 def test_make_writable_refuses_what_cannot_be_a_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    for path in ("folder", "file/a.json", "file/deeper/a.json"):
+    for path in ("folder", "file/a.json", "file/deeper/a.json", "x" * 300 + "/a.json"):
         with pytest.raises(UserError) as error:
             usage.make_writable("--json", tmp_path / path)
         assert str(error.value).startswith(f"--json {tmp_path / path}")
+    with pytest.raises(UserError, match="is a folder"):
+        usage.make_writable("--json", f"{tmp_path}/new/")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
@@ -254,6 +316,15 @@ def test_a_full_disk_under_standard_output_is_told(tmp_path):
         command = [sys.executable, "-c", TALK, tmp_path / "file"]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2 and b"No space left" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "iso8859-1", "utf-8:strict"])
+def test_what_a_terminal_cannot_show_is_escaped(encoding):
+    code = r"import sys; from src import usage; text = 'é \udce9 \ud83d 人';"
+    code += "usage.run(lambda: print(text) or print(text, file=sys.stderr))"
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0 and rb"\udce9 \ud83d" in done.stdout and rb"\udce9 \ud83d" in done.stderr
 
 
 def test_streams_stay_what_they_were(tmp_path):

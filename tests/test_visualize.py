@@ -172,6 +172,12 @@ def test_names_in_other_scripts_are_written_not_replaced_by_question_marks(a, b)
         assert not np.array_equal(drawn[b], drawn[other])
 
 
+def test_half_a_character_is_drawn_as_a_question_mark():
+    box = [[100, 100, 200, 160]]
+    for name in ("Caf\udce9", "Caf\ud83d"):  # OpenCV crashes on them
+        assert np.array_equal(draw(box, [1], None, ["", name]), draw(box, [1], None, ["", "Caf?"]))
+
+
 def luminance(colour):
     """Relative luminance of WCAG 2.1, of sRGB (R, G, B) in 0-255."""
     part = np.float64(colour) / 255

@@ -63,7 +63,7 @@ PLAIN_COLOURS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     positive = usage.number(int, 1)
     parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings a stage")
     parser.add_argument("--amp", action="store_true", help="ours in half precision; plain is not")
