@@ -172,7 +172,7 @@ def load_checkpoint(path):
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if isinstance(state.get("model"), str):
-        missing = [key for key in OUR_KEYS if key not in state]
+        missing = [key for key in OUR_KEYS if state.get(key) is None]
         if missing or state["model"] not in MODELS:
             raise UserError(f"{path}: model {state['model']!r}, missing {missing}: not one of ours")
         if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's
@@ -183,23 +183,25 @@ def load_checkpoint(path):
 
 def read_published(state, path):
     """Read one of the three published layouts as a dict with our keys; UserError if it is none of them."""
-    names = names_from(state.get("label_map"), path)
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
     if isinstance(state.get("model"), dict):  # NVIDIA's SSD-ResNet50: {"model": weights, "label_map": names, ...}
-        model, weights = "ssd", state["model"]
+        model, weights, names = "ssd", state["model"], names_from(state.get("label_map"), path)
         layout = "published SSD-ResNet50, 'model'" + " with 'label_map'" * ("label_map" in state)
     elif isinstance(state.get("model_state_dict"), dict):  # uvipen's SSD-ResNet50: {"model_state_dict": weights, ...}
-        model, weights = "ssd", state["model_state_dict"]
+        model, weights, names = "ssd", state["model_state_dict"], names_from(state.get("label_map"), path)
         layout = "published SSD-ResNet50, 'model_state_dict'"
     elif isinstance(state.get("classification_headers.5.bias"), torch.Tensor):  # qfgaohao's SSDLite: bare weights
-        num_classes = state["classification_headers.5.bias"].numel() // DEFAULT_BOXES["ssdlite"].per_cell[-1]
         refuse_other_networks(state, path)
+        num_classes = state["classification_headers.5.bias"].numel() // DEFAULT_BOXES["ssdlite"].per_cell[-1]
+        if num_classes < 2:
+            raise UserError(f"{path}: no class in its classification headers; use another")
         model, weights = "ssdlite", convert_qfgaohao(state, num_classes, path)
         names, origin = names_beside(path, num_classes - 1)
         layout = f"published SSDLite-MobileNetV2, {origin}"
     else:
         raise UserError(
             f"{path}: keys {sorted(map(str, state))[:6]} are of no known checkpoint;"
-            " bare weights of SSD-ResNet50 go into {'model_state_dict': weights}"
+            " bare weights of SSD-ResNet50 go into {'model_state_dict': weights}, of qfgaohao's mb2-ssd-lite stay bare"
         )
     return {
         "model": model,
@@ -227,12 +229,14 @@ def names_beside(path, count):
     file = Path(path).with_name("labels.txt")
     if not file.is_file():
         return names, origin
-    labels = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    labels = [label.strip() for label in labels if label.strip()]
+    try:
+        labels = [label.strip() for label in file.read_text(encoding="utf-8-sig").split("\n") if label.strip()]
+    except UnicodeDecodeError:
+        return names, f"{origin.partition(':')[0]} ({file} is not UTF-8: not used)"
     if labels and labels[0].lower() == "background":
         del labels[0]
-    if len(labels) != count:
-        return names, f"{origin} ({file} has {len(labels)} names, not {count}: not used)"
+    if len(labels) != count or len(set(labels)) < count:
+        return names, f"{origin.partition(':')[0]} ({file} has {len(set(labels))} names, not {count}: not used)"
     return labels, f"names from {file}"
 
 
@@ -240,7 +244,8 @@ def refuse_other_networks(published, path):
     """UserError for the weights of qfgaohao's other networks."""
     kind = next((name for key, name in QFGAOHAO_NETWORKS.items() if key in published), "an unknown network")
     if kind == "mb2-ssd-lite":
-        width = len(published.get("base_net.0.0.weight", ())) / 32
+        first = published.get("base_net.0.0.weight")
+        width = len(first) / 32 if getattr(first, "ndim", 0) == 4 else 1  # else `fill` says what is wrong
         if width == 1:
             return
         kind = f"{kind} of width {width:g}"
@@ -249,7 +254,7 @@ def refuse_other_networks(published, path):
 
 @torch.no_grad()
 def convert_qfgaohao(published, num_classes, path):
-    """Turn the weights of qfgaohao's mb2-ssd-lite into ours, which compute the same from an image."""
+    """Turn the weights of qfgaohao's mb2-ssd-lite into ours, which compute the same from an image of 300 x 300."""
     network = build_model("ssdlite", num_classes, pretrained_backbone=False)
     separable = [head for head in (*network.loc, *network.conf) if isinstance(head, nn.Sequential)]
     for head in separable:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -439,14 +440,16 @@ def test_mb2_ssd_lites_first_layer_sees_the_same_pixels_up_to_the_border(tmp_pat
         (3, "cat\ndog\n\n", ["cat", "dog"], "labels.txt"),
         (3, "BACKGROUND\ncat", ["class 1", "class 2"], "1 names, not 2: not used"),
         (21, "cat\ndog\ncow", checkpoint.VOC_CLASSES, "3 names, not 20: not used"),
+        (3, "\ufeffcat\r\ncat\r\n", ["class 1", "class 2"], r"no names \(/.*labels.txt has 1 names, not 2: not used\)"),
+        (3, b"\xe9t\xe9\nhiver", ["class 1", "class 2"], "is not UTF-8: not used"),
     ],
 )
 def test_mb2_ssd_lites_names_are_in_labels_txt_or_vocs(tmp_path, mb2, num_classes, labels, names, told):
     torch.save(of_classes(mb2, num_classes), tmp_path / "a.pth")
     if labels:
-        (tmp_path / "labels.txt").write_text(labels)
+        (tmp_path / "labels.txt").write_bytes(labels if isinstance(labels, bytes) else labels.encode())
     state = load_checkpoint(tmp_path / "a.pth")
-    assert state["model"] == "ssdlite" and told in state["layout"] and "\n" not in state["layout"]
+    assert state["model"] == "ssdlite" and re.search(told, state["layout"]) and "\n" not in state["layout"]
     assert state["classes"] == ["background", *names]
     assert state["category_ids"] == list(range(1, num_classes))
     model_of(state, tmp_path / "a.pth")
@@ -477,16 +480,23 @@ def test_half_of_mb2_ssd_lites_width_is_refused(tmp_path, mb2):
         load_checkpoint(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "no tensor"])
+def test_mb2_ssd_lite_saved_from_several_gpus_is_read(tmp_path, mb2):
+    torch.save({f"module.{name}": values for name, values in mb2.items()}, tmp_path / "a.pth")
+    assert load_checkpoint(tmp_path / "a.pth")["classes"][1:] == checkpoint.VOC_CLASSES
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "no tensor", "no class"])
 def test_mb2_ssd_lite_with_something_amiss_is_a_users_error(tmp_path, mb2, change):
     weights = dict(mb2)
     if change == "missing":
-        del weights["classification_headers.0.0.bias"]
+        del weights["base_net.0.0.weight"]
+    elif change == "no class":
+        weights["classification_headers.5.bias"] = torch.ones(6)
     else:
         name = "base_net.20.weight" if change == "unexpected" else "base_net.2.conv.3.weight"
         weights[name] = 7 if change == "no tensor" else torch.ones(2)
     torch.save(weights, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a\.pth"):
+    with pytest.raises(UserError, match=r"a\.pth: (does not fit|its weights|no class)"):
         load_checkpoint(tmp_path / "a.pth")
 
 
