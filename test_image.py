@@ -113,7 +113,7 @@ def output_files(inputs, files, output):
 
 def is_folder(path):
     """True for a folder, or what is meant as one by the slash at its end."""
-    return os.path.isdir(path) or path.endswith(os.sep)
+    return os.path.isdir(path) or path.endswith(("/", os.sep))
 
 
 def main():

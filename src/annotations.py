@@ -68,7 +68,7 @@ def read_annotations(path):
             " height in pixels, not as fractions of the image"
         )
     ids = [annotation.get("id", 0) for annotation in kept]
-    if not all(whole(i) and i for i in ids) or len(set(ids)) < len(ids):
+    if not all(whole(i) and 0 < abs(i) < 2**53 for i in ids) or len(set(ids)) < len(ids):
         repairs["annotation ids renumbered"] = len(kept)
         for number, annotation in enumerate(kept, start=1):
             annotation["id"] = number
@@ -153,7 +153,7 @@ def repair(annotation, size, repairs):
     if (left, top, right, bottom) != (x, y, x + w, y + h):
         annotation["bbox"] = [left, top, right - left, bottom - top]
     area = annotation.get("area")
-    if not (type(area) in (int, float) and 0 < area < math.inf):  # tools without masks write 0
+    if not (type(area) in (int, float) and 0 < area <= 2 * w * h):  # tools without masks write 0; no mask is larger
         annotation["area"] = (right - left) * (bottom - top)
         repairs["missing areas derived"] += 1
     if annotation.get("iscrowd") is None:
@@ -175,11 +175,11 @@ def remark(data, repairs):
     again = "boxes are the same as another of their class: merged exports? Each counts as an object: remove them"
     repairs[again] = len(data["annotations"]) - len(boxes)
     files = {os.path.normpath(image["file_name"]) for image in data["images"]}
-    again = "images are of a file that another has: merged exports? Give each file one entry, with all its boxes"
+    again = "image entries repeat a file: merged exports? Give each file one entry, with all its boxes"
     repairs[again] = len(data["images"]) - len(files)
     clipped = repairs["boxes clipped to their image"]
     if 2 * clipped > len(data["annotations"]):
-        repairs["boxes, so most, were clipped: are they corners? bbox is left, top, width and height"] = clipped
+        repairs["boxes, more than half, were clipped: are they corners? bbox is left, top, width and height"] = clipped
 
 
 @no_garbage_collection()

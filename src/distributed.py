@@ -53,7 +53,7 @@ def set_up():
 def check_environment():
     """UserError if the environment holds only a part of what torchrun tells a process, or something else."""
     numbers = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    wrong = [f"{name} is {value!r}" for name, value in numbers.items() if value and not value.isdecimal()]
+    wrong = [f"{name} is {value!r}" for name, value in numbers.items() if value is not None and not value.isdecimal()]
     if "RANK" in os.environ:
         needed = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
         wrong += [f"{name} is not set" for name in needed if not os.environ.get(name)]

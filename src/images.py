@@ -18,7 +18,8 @@ UPRIGHT = {  # EXIF 2.3, tag 274: what turns the stored image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SAMPLE_FORMAT = 339  # TIFF 6.0, section 19: 1 is unsigned
+# Tags of TIFF 6.0, and one of GDAL: the level that stands for no data.
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, GDAL_NODATA = 258, 262, 339, 42113
 
 
 def read_image(path, upright=True):
@@ -42,23 +43,31 @@ def read_image(path, upright=True):
 
 
 def to_8_bits(image):
-    """Levels of 16 or 32 bits, or floats, of a Pillow image as (H, W) uint8: its convert() would clip them.
+    """Levels of more than 8 bits, or floats, of a Pillow image as (H, W) uint8: its convert() would clip them.
 
-    White is 65535 for 16 bits; for 32 it is 255 or 65535, the first that no level exceeds; for floats
-    1. If levels lie outside: the image's lowest becomes black, its highest white.
+    White is 65535 for 16 bits, 4095 for a TIFF of 12; for 32 it is 255 or 65535, the first that no
+    level exceeds; for floats 1. If levels lie outside: the image's lowest becomes black, its highest
+    white.
     """
-    levels = np.asarray(image)
-    if levels.dtype == np.int32 and getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT) == (1,):
-        levels = levels.view(np.uint32)  # a TIFF's; Pillow knows signed ones only
-    finite = levels[np.isfinite(levels)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    levels, tags = np.asarray(image), getattr(image, "tag_v2", {})  # a TIFF's
+    if levels.dtype == np.int32 and tags.get(SAMPLE_FORMAT) == (1,):
+        levels = levels.view(np.uint32)  # Pillow knows signed ones only
+    known = np.isfinite(levels)
+    if GDAL_NODATA in tags:
+        known &= levels != float(tags[GDAL_NODATA])
+    low, high = (levels[known].min(), levels[known].max()) if known.any() else (0, 0)
     if image.mode != "F" and low >= 0 and high <= 65535:
-        shift = 8 if high > 255 or image.mode != "I" else 0
-        return (levels >> shift).astype(np.uint8)
-    if low >= 0 and high <= 1:
-        low, high = 0, 1
-    grey = (levels.astype(np.float64) - low) * (255 / max(float(high) - float(low), 1e-300))
-    return np.nan_to_num(grey, posinf=255).clip(0, 255).round().astype(np.uint8)
+        bits = 8 if image.mode == "I" and high <= 255 and image.format != "PPM" else 16
+        if image.mode != "I" and tags.get(BITS_PER_SAMPLE) == (12,):
+            bits = 12
+        grey = levels >> bits - 8
+    else:
+        if low >= 0 and high <= 1:
+            low, high = 0, 1
+        grey = (levels.astype(np.float64) - low) * (255 / max(float(high) - float(low), 1e-300))
+        grey = np.nan_to_num(grey, posinf=255).round()
+    grey = grey.clip(0, 255).astype(np.uint8)
+    return 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey  # 0: white is the lowest level
 
 
 def save_image(image, path, quality):
@@ -72,9 +81,10 @@ def save_image(image, path, quality):
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         height, width = image.shape[:2]
-        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "strerror", None):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place or name") from error
         raise UserError(
-            f"{path}: cannot be written as an image of {width}x{height} pixels ({reason}):"
+            f"{path}: cannot be written as an image of {width}x{height} pixels ({error}):"
             " scale it down, or give it a name in .png as --output"
         ) from error
 

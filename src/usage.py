@@ -91,7 +91,7 @@ def make_writable(option, path):
 
     UserError if it cannot.
     """
-    if os.path.isdir(path) or str(path).endswith(os.sep):
+    if os.path.isdir(path) or str(path).endswith(("/", os.sep)):
         raise UserError(f"{option} {path}: is a folder; give a file's name")
     folder = Path(path).parent
     try:
@@ -210,7 +210,7 @@ def run(main):
         where = error.filename or "a disk that is written to"
         sys.exit(complain(f"{where}: {error.strerror}; {REMEDIES[error.errno]}"))
     except RuntimeError as error:  # torch's, of a loader's worker
-        if not re.search(r"torch_\w+>: No space left|signal: Bus error", str(error)):
+        if not re.search(r"shared memory\(shm\) for file|torch_\w+>: No space left|signal: Bus error", str(error)):
             raise
         remedy = "use --num-workers 0, or give it more (docker run --ipc=host)"
         sys.exit(complain(f"no shared memory is left for the loading processes: {remedy}"))

@@ -60,7 +60,7 @@ def test_a_missing_area_or_iscrowd_is_derived(tmp_path):
     assert [n for what, n in repairs.items() if "area" in what] == [2]
 
 
-@pytest.mark.parametrize("area", [0, 0.0, -5, False, True, "0", None])
+@pytest.mark.parametrize("area", [0, 0.0, -5, False, True, "0", None, 5000, 1e9])  # the image has 5000 pixels
 def test_an_area_that_is_none_is_derived(tmp_path, area):
     file = small_dataset(tmp_path, [box(10, [5, 5, 20, 10], area=area)])
     assert ground_truth(file).anns[1]["area"] == 200
@@ -100,7 +100,7 @@ def test_a_file_in_two_image_entries_is_counted_on_a_line(tmp_path, name):
     (tmp_path / "set" / "sub").mkdir(parents=True)
     small_dataset(tmp_path, images=images)
     (line,) = remarks(tmp_path)
-    assert line.startswith("some set: 1 images") and "merged" in line
+    assert line.startswith("some set: 1 image entries") and "merged" in line
 
 
 @pytest.mark.parametrize("corners", [False, True])

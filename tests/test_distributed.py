@@ -30,6 +30,7 @@ from src.usage import UserError
         ({"RANK": "", "WORLD_SIZE": "1"}, "RANK is not set"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK is 2, WORLD_SIZE 2"),
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{used}"}, "MASTER_PORT {used}"),
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT 70000"),

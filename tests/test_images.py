@@ -1,6 +1,7 @@
 """src.images against Pillow: formats, colour modes, orientation, and files that are broken."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -93,6 +94,7 @@ RAMP = np.linspace(0, 1, 64 * 50, dtype=np.float32).reshape(50, 64)
         ("a.tif", (4e9 * RAMP).astype(np.uint32), RAMP),
         ("a.tif", (3000 * RAMP - 1000).astype(np.int16), RAMP),  # computed tomography
         ("a.pgm", (65535 * RAMP).astype(np.uint16), RAMP),
+        ("a.pgm", (250 * RAMP).astype(np.uint16), 0 * RAMP),  # a dark one, as in a PNG
     ],
 )  # fmt: skip
 def test_levels_beyond_8_bits_and_floats_are_scaled_not_clipped(tmp_path, name, levels, expected):
@@ -100,6 +102,35 @@ def test_levels_beyond_8_bits_and_floats_are_scaled_not_clipped(tmp_path, name, 
     ours = read_image(tmp_path / name)
     assert ours.dtype == np.uint8 and ours.shape == (50, 64, 3)
     np.testing.assert_allclose(ours[..., 0], 255 * expected, atol=1.01)
+
+
+def grey_tiff(file, bits, photometric, row):
+    """Write a grey TIFF of one row of `bits` per pixel, by hand: neither OpenCV nor Pillow writes such ones."""
+    text = "".join(f"{level:0{bits}b}" for level in row)
+    data = bytes(int(text[k : k + 8], 2) for k in range(0, len(text), 8))
+    data = np.array(row, "<u2").tobytes() if bits == 16 else data
+    tags = {256: len(row), 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
+    file.write_bytes(header + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize(
+    "bits, white, white_is_zero", [(12, 4095, False), (16, 65535, False), (16, 65535, True)]
+)  # fmt: skip
+def test_a_tiff_says_what_white_is(tmp_path, bits, white, white_is_zero):
+    row = [0, white // 4, white // 2, white]
+    grey_tiff(tmp_path / "a.tif", bits, 0 if white_is_zero else 1, row)
+    grey = read_image(tmp_path / "a.tif")[0, :, 0].astype(int)
+    expected = [255, 191, 128, 0] if white_is_zero else [0, 63, 127, 255]
+    np.testing.assert_allclose(grey, expected, atol=1)
+
+
+def test_the_level_for_no_data_does_not_stretch_the_others(tmp_path):
+    levels = np.where(RAMP > 0.9, np.float32(-9999), 290 + 20 * RAMP)
+    Image.fromarray(levels).save(tmp_path / "a.tif", tiffinfo={42113: "-9999"})
+    expected = np.where(RAMP > 0.9, 0, RAMP / 0.9)
+    np.testing.assert_allclose(read_image(tmp_path / "a.tif")[..., 0], 255 * expected, atol=1.01)
 
 
 def test_sixteen_bits_are_turned_upright(tmp_path):
@@ -257,13 +288,17 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         read_image(tmp_path / "a.jpg")
 
 
-@pytest.mark.parametrize("ending", ["jpg", "webp", "gif", "avif", "tga", "no_such_folder/a.png"])
-def test_an_image_that_cannot_be_written_is_a_users_error(tmp_path, ending):
+@pytest.mark.parametrize(
+    "ending, says",
+    [(ending, "70000x2") for ending in ("jpg", "webp", "gif", "avif", "tga")]
+    + [("no_such_folder/a.png", "choose another place"), (f"{'x' * 300}.png", "another place or name")],
+)
+def test_an_image_that_cannot_be_written_is_a_users_error(tmp_path, ending, says):
     file = tmp_path / f"a.{ending}"
     with pytest.raises(UserError) as error:
         save_image(np.zeros((2, 70_000, 3), np.uint8), file, quality=90)
-    assert str(file) in str(error.value) and "70000x2" in str(error.value) and "\n" not in str(error.value)
-    assert not file.exists()
+    assert str(file) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+    assert not os.path.exists(file)
 
 
 def test_a_missing_file_and_a_folder_are_users_errors(tmp_path):

@@ -171,6 +171,7 @@ def test_a_file_that_the_system_refuses_is_one_line_and_status_2(capsys, number)
         "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to allocate shared memory(shm)"
         " for file </torch_6864_2028367540_0>: No space left on device (28)",
         "unable to write to file </torch_33_1>: No space left on device (28)",
+        "unable to allocate shared memory(shm) for file </torch_7_8>: Success (0)",
         "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are"
         " out of shared memory. Please try to raise your shared memory limit.",
     ],
