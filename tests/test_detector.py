@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 from reference.inputs import image
+from runs import ROOT
 from samples import reference_network
 from torch import nn
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
 from src.boxes import make_default_boxes, to_corners
+from src.checkpoint import VOC_CLASSES
 from src.detector import Detector, fold_batch_norm, record
+from src.images import read_image
 
 MODELS = ("ssd", "ssdlite")
 CLASSES = ["background"] + [f"class {k}" for k in range(1, 8)]
@@ -193,3 +196,16 @@ def test_record_names_labels_and_the_pictures_size():
         "height": 20,
         "detections": [{"label": "class 2", "score": 0.5, "box": [1.0, 2.0, 3.0, 4.0]}],
     }
+
+
+def test_the_bundled_detector_knows_vocs_twenty_classes():
+    file = ROOT / "demo" / "ssdlite_voc.pth"
+    assert file.stat().st_size < 8e6
+    detector = Detector.load(file)
+    assert detector.classes == ["background", *VOC_CLASSES] and detector.category_ids == list(range(1, 21))
+    photos = ROOT.parent / "shared" / "data" / "coco_real" / "val2017"
+    if not photos.is_dir():
+        pytest.skip("no ../shared next to the repository")
+    for name, label in (("000000208901.jpg", "aeroplane"), ("000000041888.jpg", "sheep")):
+        (found,) = detector([read_image(photos / name)], score_threshold=0.5)
+        assert label in {detector.classes[k] for k in found["labels"]}
