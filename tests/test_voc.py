@@ -193,6 +193,10 @@ def test_the_layout_is_plain_coco(kit, monkeypatch):
     assert data["images"][0] == {"id": 1, "file_name": "VOC2007/000001.jpg", "width": 200, "height": 100}
 
 
+def test_it_runs_without_docstrings():
+    run("-OO", "-m", "tools.voc", "--help")
+
+
 def test_from_the_kit_to_its_metric_on_the_command_line(kit, tmp_path):
     """Both programs as a user starts them."""
     out, found = tmp_path / "voc", tmp_path / "found"

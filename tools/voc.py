@@ -25,7 +25,7 @@ from src.usage import UserError
 
 def parse_args():
     """The command line."""
-    parser = usage.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = usage.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("devkit", metavar="VOCDEVKIT", help="folder that holds VOC2007 and so on")
     add("out", metavar="OUT", help="folder for annotations/, train/ and val/")
