@@ -223,20 +223,20 @@ def names_from(label_map, path):
 
 def names_beside(path, count):
     """Names of `count` classes from labels.txt beside the checkpoint, or VOC's; and where they are from."""
-    names, origin = [f"class {n}" for n in range(1, 1 + count)], "no names: put a labels.txt beside it"
+    names, origin, hint = [f"class {n}" for n in range(1, 1 + count)], "no names", ": put a labels.txt beside it"
     if count == len(VOC_CLASSES):
-        names, origin = VOC_CLASSES, "VOC's classes"
+        names, origin, hint = VOC_CLASSES, "VOC's classes", ""
     file = Path(path).with_name("labels.txt")
     if not file.is_file():
-        return names, origin
+        return names, origin + hint
     try:
         labels = [label.strip() for label in file.read_text(encoding="utf-8-sig").split("\n") if label.strip()]
     except UnicodeDecodeError:
-        return names, f"{origin.partition(':')[0]} ({file} is not UTF-8: not used)"
+        return names, f"{origin} ({file} is not UTF-8: not used)"
     if labels and labels[0].lower() == "background":
         del labels[0]
     if len(labels) != count or len(set(labels)) < count:
-        return names, f"{origin.partition(':')[0]} ({file} has {len(set(labels))} names, not {count}: not used)"
+        return names, f"{origin} ({file} has {len(set(labels))} names, not {count}: not used)"
     return labels, f"names from {file}"
 
 

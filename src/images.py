@@ -1,13 +1,12 @@
 """Image files: open, turn upright, save, and name what is broken."""
 
 import contextlib
-import errno
 import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from src.usage import UnreadableImage, UserError, is_lfs_pointer
+from src.usage import DISK_FULL, UnreadableImage, UserError, is_lfs_pointer
 
 UPRIGHT = {  # EXIF 2.3, tag 274: what turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,7 +77,7 @@ def save_image(image, path, quality):
     try:
         Image.fromarray(image).save(path, quality=quality)
     except (OSError, ValueError, RuntimeError, OverflowError) as error:  # the last three: sides beyond the format's
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in DISK_FULL:
             raise
         height, width = image.shape[:2]
         if getattr(error, "strerror", None):

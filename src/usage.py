@@ -11,10 +11,9 @@ import sys
 import unicodedata
 from pathlib import Path
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a system says of a file that no line of ours foresaw, and what a user can do about it.
-REMEDIES = {
-    errno.ENOSPC: "make room and start again",
-    errno.EDQUOT: "make room and start again",
+REMEDIES = dict.fromkeys(DISK_FULL, "make room and start again") | {
     errno.EACCES: "change its permissions, or choose another",
     errno.EPERM: "change its permissions, or choose another",
     errno.EROFS: "choose another place",
@@ -204,8 +203,7 @@ def run(main):
         # From a loader's worker the error arrives wrapped in that worker's traceback.
         sys.exit(complain(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()))
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if error.errno not in REMEDIES or not (error.filename or full):
+        if error.errno not in REMEDIES or not (error.filename or error.errno in DISK_FULL):
             raise
         where = error.filename or "a disk that is written to"
         sys.exit(complain(f"{where}: {error.strerror}; {REMEDIES[error.errno]}"))
