@@ -20,7 +20,7 @@ import json
 import os
 from collections import Counter
 
-from src.detector import Detector, record
+from src.detector import Detector, json_entry
 from src.images import read_image, save_image
 from src.usage import UserError
 from src.visualize import draw_detections
@@ -133,7 +133,7 @@ def main():
         try:
             image = read_image(file)
             found = detector([image], args.cls_threshold, args.nms_threshold)[0]
-            records.append({"file": str(file)} | record(image, found, detector.classes))
+            records.append({"file": str(file)} | json_entry(image, found, detector.classes))
             save_image(draw_detections(image, **found, classes=detector.classes), output, quality=95)
         except UserError as error:
             failed.append(str(error))  # the other images first

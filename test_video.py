@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 from tqdm import tqdm
 
-from src.detector import Detector, record
+from src.detector import Detector, json_entry
 from src.usage import UserError
 from src.visualize import draw_detections
 
@@ -174,7 +174,7 @@ def main():
             writing.result()
             writing = pool.submit(writer.write, even(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)))
             if lines:
-                entry = {"frame": number} | record(image, found, detector.classes)
+                entry = {"frame": number} | json_entry(image, found, detector.classes)
                 lines.write(json.dumps(entry) + "\n")
             number += 1
             bar.update()

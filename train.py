@@ -32,8 +32,8 @@ from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes
 from src.checkpoint import find_stopped_run, load_checkpoint, save_run, start_network
 from src.dataset import CocoDataset, TrainSampler, check_categories
 from src.detector import Detector
-from src.distributed import say
-from src.engine import METRICS, evaluate, make_optimizer, metrics_table, train_one_epoch
+from src.distributed import print_rank0
+from src.engine import METRICS, evaluate, make_optimizer, metrics_table, train_steps
 from src.loss import MultiBoxLoss
 from src.model import freeze
 from src.usage import UnreadableImage, UserError
@@ -57,7 +57,7 @@ def parse_args():
     add("--no-pretrained-backbone", action="store_true", help="start from random weights, without ImageNet's")
     add("--freeze", action="store_true", help="keep the backbone's layers up to stride 8 as they are; to fine-tune")
     add("--nms-threshold", type=fraction, default=0.5, help="IoU above which a weaker box is removed")
-    add = parser.add_argument_group("optimisation").add_argument
+    add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=65, help="passes over the training images")
     add("--batch-size", type=usage.number(int, 2), default=32, help="images per process and step")
     add("--lr", type=rate, default=2.6e-3, help="for 32 images per step; scaled with their number")
@@ -96,7 +96,7 @@ def main():
     atexit.register(stopping.kill_workers)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    say(f"running on {distributed.devices(device)}")
+    print_rank0(f"running on {distributed.devices(device)}")
 
     # Data
     encoder, size = Encoder(make_default_boxes(args.model)), DEFAULT_BOXES[args.model].input_size
@@ -121,7 +121,7 @@ def main():
     stopped = find_stopped_run(latest, options)
     if args.pretrained_model and not stopped:
         usage.prepare_outputs([("--save-folder", latest), ("--save-folder", best)], [args.pretrained_model])
-    look_over(train_set, val_set, check_files=not stopped)  # a resumed run finds broken files as it loads them
+    check_sets(train_set, val_set, check_files=not stopped)  # a resumed run finds broken files as it loads them
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     truth = ground_truth(val_set.annotation_file)
 
@@ -130,7 +130,7 @@ def main():
     if args.freeze:
         freeze(network)
     network = network.to(device, memory_format=torch.channels_last)
-    model = distributed.parallel(network)
+    model = distributed.maybe_ddp(network)
     criterion = MultiBoxLoss()
     sgd = args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor
     optimizer = make_optimizer(network, *sgd, stopped)
@@ -153,7 +153,7 @@ def main():
     for epoch in range(progress["epoch"], args.epochs):
         sampler.start(epoch, progress["samples_seen"])
         # A generator: each turn of the loop below trains one step, so that it can save or stop in between.
-        steps = train_one_epoch(
+        steps = train_steps(
             model, train_loader, criterion, optimizer, scaler, epoch,
             progress["samples_seen"] // per_step, partial(learning_rate, args, iterations, world_size),
             args.amp,
@@ -174,16 +174,16 @@ def main():
             # Whichever process meets it: all have the same parameters (and their own running statistics).
             save_run(latest, *everything, by=rank)
             raise
-        distributed.share_buffers(network)
+        distributed.broadcast_buffers(network)
         save_run(latest, *everything)
         # Evaluation may take longer than the half minute that torchrun or a cluster leaves a process.
         stopping.stop_at_once(latest, received)
         detector = Detector(network, args.model, classes, category_ids, device, args.amp)
         metrics, _ = evaluate(detector, val_loader, truth, args.nms_threshold)
-        distributed.meet()  # all in time for the next signal
+        distributed.barrier()  # all in time for the next signal
         received = stopping.stop_on_signals()
         if rank == 0:
-            say(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
+            print_rank0(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
             write_images(log, detector, val_set, (epoch + 1) * iterations)
             tags = {"mAP" if name == "AP" else name: metrics[name] for name in METRICS}
             write(log, "Test", tags, (epoch + 1) * iterations)
@@ -195,17 +195,17 @@ def main():
         if stopping.told_to_stop(received):
             stopping.leave(latest, received)
     measured = f"best mAP {progress['best_map']:.3f}" if progress["best_map"] >= 0 else "no mAP measured"
-    say(f"{args.epochs} epochs done: {latest}, {measured}")
+    print_rank0(f"{args.epochs} epochs done: {latest}, {measured}")
     distributed.tear_down()
 
 
-def look_over(train_set, val_set, check_files):
+def check_sets(train_set, val_set, check_files):
     """Say what the sets hold and what was repaired; UserError if a file is missing or of another size."""
     for name, data in (("training", train_set), ("validation", val_set)):
         if check_files:
             share = range(distributed.rank(), len(data), distributed.world_size())
             data.check_files(tqdm(share, f"checking {name} images", disable=distributed.rank() > 0, leave=False))
-        say(data.describe(name))
+        print_rank0(data.describe(name))
 
 
 def make_loaders(args, train_set, val_set, sampler, device):

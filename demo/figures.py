@@ -18,7 +18,7 @@ from torch import nn
 
 from src import usage
 from src.annotations import ground_truth
-from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes, pairwise_iou, to_corners
+from src.boxes import DEFAULT_BOXES, Encoder, box_cxcywh_to_xyxy, make_default_boxes, pairwise_iou
 from src.dataset import CocoDataset
 from src.detector import Detector
 from src.engine import evaluate, run_coco_eval
@@ -26,7 +26,7 @@ from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.transform import augment, normalize, resize, sample_patch
 from src.usage import UserError
-from src.visualize import class_colour, place_labels
+from src.visualize import class_color, place_labels
 
 try:
     from matplotlib import pyplot as plt
@@ -42,7 +42,7 @@ except ModuleNotFoundError:
 # legible where a phone shrinks the page to 400 pixels.
 WIDTH, PIXELS_PER_INCH = 8.3, 200
 STYLE = {"font.size": 12, "axes.titlesize": 13, "figure.titlesize": 14, "legend.frameon": False, "axes.linewidth": 0.8}
-COLOURS = plt.get_cmap("tab10").colors
+COLORS = plt.get_cmap("tab10").colors
 INK, BLUE, ORANGE, RED = "#212529", "#1971c2", "#f76707", "#c92a2a"
 DASHES = (0, (4, 3))
 SCORE = 0.4  # detections below are not drawn
@@ -88,16 +88,16 @@ def show(ax, image, title="", fade=0.0, but=None):
     ax.set_title(title)
 
 
-def outline(ax, boxes, colour, width=1.5, style="-", casing=0.0, alpha=1.0):
-    """Draw boxes (N, 4) xyxy in [0, 1]; `casing`: a white rim, so that a line shows on its own colour."""
+def outline(ax, boxes, color, width=1.5, style="-", casing=0.0, alpha=1.0):
+    """Draw boxes (N, 4) xyxy in [0, 1]; `casing`: a white rim, so that a line shows on its own color."""
     rim = [withStroke(linewidth=width + casing, foreground="white")] if casing else None
     for x1, y1, x2, y2 in np.asarray(boxes).reshape(-1, 4).tolist():
-        box = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width, ls=style, alpha=alpha)
+        box = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=width, ls=style, alpha=alpha)
         ax.add_patch(box).set_path_effects(rim)
 
 
 def mark_objects(ax, boxes):
-    """Outline what is annotated: black dashes on white, visible on every colour."""
+    """Outline what is annotated: black dashes on white, visible on every color."""
     outline(ax, boxes, "white", 2.4)
     outline(ax, boxes, INK, 1.2, DASHES)
 
@@ -111,14 +111,14 @@ def heat(ax, boxes, losses, size=300):
     ax.imshow(pixels, cmap="inferno", extent=(0, 1, 1, 0))
 
 
-def tag(ax, boxes, texts, colours, size=10, panel=2.6):
+def tag(ax, boxes, texts, colors, size=10, panel=2.6):
     """Write `texts` on plates above their boxes, where `draw_detections` would; `panel`: its width in inches."""
     pixels = panel * 72 * np.array([1, ax.get_aspect()])  # of a point each
     plates = place_labels(texts, np.asarray(boxes) * np.tile(pixels, 2), size, pixels.astype(int).tolist())
-    for text, plate, colour in zip(texts, plates, colours, strict=True):
-        luminance = np.dot(np.array(to_rgb(colour)) ** 2.2, (0.2126, 0.7152, 0.0722))
+    for text, plate, color in zip(texts, plates, colors, strict=True):
+        luminance = np.dot(np.array(to_rgb(color)) ** 2.2, (0.2126, 0.7152, 0.0722))
         style = {"color": "black" if luminance > 0.179 else "white", "fontsize": size, "va": "top"}
-        style["bbox"] = {"fc": colour, "ec": "none", "pad": 1}
+        style["bbox"] = {"fc": color, "ec": "none", "pad": 1}
         ax.text(plate[0] / pixels[0], plate[1] / pixels[1], text, **style)
 
 
@@ -138,9 +138,9 @@ def pick(data, rng, count, fewest, most):
     return order[off[order] == off.min()][:count].tolist()
 
 
-def class_colours(labels):
-    """The colours that boxes of these labels are drawn in, as matplotlib wants them."""
-    return [tuple(channel / 255 for channel in class_colour(int(label))) for label in labels]
+def class_colors(labels):
+    """The colors that boxes of these labels are drawn in, as matplotlib wants them."""
+    return [tuple(channel / 255 for channel in class_color(int(label))) for label in labels]
 
 
 def detect(detector, image, nms_threshold=0.5):
@@ -179,13 +179,13 @@ def network(name, num_classes, image):
     """From an image to detections: layers, maps, heads and numbers of boxes."""
     constants, model = DEFAULT_BOXES[name], build_model(name, num_classes, pretrained_backbone=False)
     channels = [next(m for m in head.modules() if isinstance(m, nn.Conv2d)).in_channels for head in model.loc]
-    counts = [cells**2 * boxes for cells, boxes in zip(constants.maps, constants.per_cell, strict=True)]
+    counts = [cells**2 * boxes for cells, boxes in zip(constants.feature_maps, constants.per_cell, strict=True)]
     figure = plt.figure(figsize=(WIDTH, 4.5))
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, 4.5))  # in inches
     ax.axis("off")
 
-    def box(x, y, width, height, text, colour):
-        ax.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.08", fc=colour, ec=INK, lw=1))
+    def box(x, y, width, height, text, color):
+        ax.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.08", fc=color, ec=INK, lw=1))
         ax.text(x + width / 2, y + height / 2, text, ha="center", va="center")
 
     def arrow(x1, y1, x2, y2):
@@ -201,12 +201,12 @@ def network(name, num_classes, image):
     rows = {2.85: "cells", 2.6: "channels", 1.35: "default boxes per cell", 1.05: "default boxes"}
     for y, text in rows.items():
         ax.text(2.75, y, text, ha="right", va="center", color="#495057")
-    columns = np.linspace(3.35, WIDTH - 0.4, len(constants.maps))
-    for k, (x, cells) in enumerate(zip(columns, constants.maps, strict=True)):
-        side = 0.74 * (cells / constants.maps[0]) ** 0.5
+    columns = np.linspace(3.35, WIDTH - 0.4, len(constants.feature_maps))
+    for k, (x, cells) in enumerate(zip(columns, constants.feature_maps, strict=True)):
+        side = 0.74 * (cells / constants.feature_maps[0]) ** 0.5
         left, bottom = x - side / 2, 3.65 - side / 2
         for shift in (0.08, 0.04, 0):  # channels, one behind the other
-            fill = "#ffe8cc" if k >= len(constants.maps) - len(model.additional_blocks) else "#d0ebff"
+            fill = "#ffe8cc" if k >= len(constants.feature_maps) - len(model.additional_blocks) else "#d0ebff"
             ax.add_patch(Rectangle((left + shift, bottom + shift), side, side, fc=fill, ec=INK, lw=0.8))
         inner = np.linspace(0, side, cells + 1)[1:-1]
         ax.hlines(bottom + inner, left, left + side, color=INK, lw=0.25)
@@ -232,14 +232,15 @@ def network(name, num_classes, image):
 
 def default_boxes(data, rng, name):
     """The default boxes of one cell on each map, on an object of their size."""
-    constants, corners = DEFAULT_BOXES[name], to_corners(make_default_boxes(name))
+    constants, corners = DEFAULT_BOXES[name], box_cxcywh_to_xyxy(make_default_boxes(name))
     ratios = {"1": 0, "1, larger": 1}  # of boxes in make_default_boxes' order
     for n, ratio in enumerate(max(constants.ratios, key=len)):
         ratios |= {f"{ratio}": 2 + 2 * n, f"1/{ratio}": 3 + 2 * n}
-    rows = -(-len(constants.maps) // 3)
+    rows = -(-len(constants.feature_maps) // 3)
     figure, axes = panels(rows, 3, 3.1 * rows + 0.7)
     first = 0
-    for ax, cells, step, per_cell in zip(axes, constants.maps, constants.steps, constants.per_cell, strict=False):
+    columns = constants.feature_maps, constants.strides, constants.per_cell
+    for ax, cells, stride, per_cell in zip(axes, *columns, strict=False):
         of_map = corners[first : first + cells**2 * per_cell]
         first += len(of_map)
         middle = cells // 2
@@ -250,18 +251,18 @@ def default_boxes(data, rng, name):
         index = np.searchsorted(data.starts, g, side="right") - 1
         image, title = resize(data.read(index), constants.input_size), f"{cells} x {cells} cells\n{len(of_map):,} boxes"
         show(ax, image, title, fade=0.65, but=data.boxes[g])
-        borders = np.arange(0, constants.input_size, step) / constants.input_size  # the last cell may be cut short
+        borders = np.arange(0, constants.input_size, stride) / constants.input_size  # the last cell may be cut short
         ax.hlines([*borders, 1], 0, 1, color=INK, lw=0.4, alpha=0.6)
         ax.vlines([*borders, 1], 0, 1, color=INK, lw=0.4, alpha=0.6)
-        side = step / constants.input_size
+        side = stride / constants.input_size
         ax.add_patch(Rectangle((middle * side, middle * side), side, side, fc=INK, ec="black", alpha=0.3))
         for n, box in enumerate(boxes):
-            outline(ax, box, COLOURS[n], 3 if n == best else 1.5, casing=1)
+            outline(ax, box, COLORS[n], 3 if n == best else 1.5, casing=1)
         mark_objects(ax, data.boxes[g])
         low, high = min(0, float(boxes.min())) - 0.01, max(1, float(boxes.max())) + 0.01
         ax.set(xlim=(low, high), ylim=(high, low))
-    entries = {text: {"color": COLOURS[n], "lw": 2.5} for text, n in ratios.items()}
-    entries["cell"] = {"color": "grey", "marker": "s", "ms": 10, "ls": "none"}
+    entries = {text: {"color": COLORS[n], "lw": 2.5} for text, n in ratios.items()}
+    entries["cell"] = {"color": "gray", "marker": "s", "ms": 10, "ls": "none"}
     entries["object"] = {"color": INK, "lw": 1.5, "ls": DASHES}
     legend(figure, entries, "aspect ratio")
     return figure
@@ -337,12 +338,12 @@ def augmentation(data, rng, name):
         whole = (patch[0, 2:] - patch[0, :2]).prod() > 0.6
         if whole or (pairwise_iou(patch, patches) > 0.4).any() or mirrored != len(patches) % 2:
             continue
-        colour, ax = COLOURS[len(patches)], results[len(patches)]
+        color, ax = COLORS[len(patches)], results[len(patches)]
         patches = torch.cat([patches, patch])
-        outline(original, patch, colour, 3, casing=1.5)
+        outline(original, patch, color, 3, casing=1.5)
         show(ax, drawn, f"{len(kept)} of {len(boxes)}" + ", mirrored" * mirrored)
         outline(ax, kept, "white", 1)
-        ax.spines[:].set(color=colour, linewidth=3)
+        ax.spines[:].set(color=color, linewidth=3)
         if len(patches) == len(results):
             break
     return figure
@@ -378,8 +379,8 @@ def hard_negatives(data, rng, name, model):
         mark_objects(ax, boxes)
         ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0))
     start = 0
-    for count, colour in zip(counts, (BLUE, RED, "#dee2e6"), strict=True):
-        bar.barh(0, count, left=start, color=colour)
+    for count, color in zip(counts, (BLUE, RED, "#dee2e6"), strict=True):
+        bar.barh(0, count, left=start, color=color)
         start += count
     bar.axis("off")
     bar.set(xlim=(0, start), ylim=(-0.5, 1.4))
@@ -395,8 +396,8 @@ def hero(data, rng, detector):
     """An image, the default boxes of one map, the boxes that the network makes of them, detections."""
     index = pick_right(data, rng, detector, fewest=5, most=6)
     image = data.read(index)
-    constants, corners = DEFAULT_BOXES[detector.name], to_corners(make_default_boxes(detector.name))
-    counts = [cells**2 * per_cell for cells, per_cell in zip(constants.maps, constants.per_cell, strict=True)]
+    constants, corners = DEFAULT_BOXES[detector.name], box_cxcywh_to_xyxy(make_default_boxes(detector.name))
+    counts = [cells**2 * per_cell for cells, per_cell in zip(constants.feature_maps, constants.per_cell, strict=True)]
     figure, axes = panels(1, 4, 2.45)
     raw, raw_labels, _ = detect(detector, image, nms_threshold=1.0)
     boxes, labels, _ = detect(detector, image)
@@ -405,15 +406,15 @@ def hero(data, rng, detector):
     k = 2  # the third map: few enough cells
     of_map = corners[sum(counts[:k]) : sum(counts[: k + 1])]
     outline(axes[1], of_map, BLUE, 0.5, alpha=0.4)
-    cell = slice(constants.maps[k] ** 2 // 2, None, constants.maps[k] ** 2)  # the one in the middle
+    cell = slice(constants.feature_maps[k] ** 2 // 2, None, constants.feature_maps[k] ** 2)  # the one in the middle
     outline(axes[1], of_map[cell], ORANGE, 1.8, casing=1)
     show(axes[2], image, "raw boxes", fade=0.3)
-    for box, colour in zip(raw, class_colours(raw_labels), strict=True):
-        outline(axes[2], box, colour, 1)
+    for box, color in zip(raw, class_colors(raw_labels), strict=True):
+        outline(axes[2], box, color, 1)
     show(axes[3], image, "after NMS")
-    for box, colour in zip(boxes, class_colours(labels), strict=True):
-        outline(axes[3], box, colour, 2, casing=1)
-    tag(axes[3], boxes, [detector.classes[label] for label in labels], class_colours(labels), 9, panel=2)
+    for box, color in zip(boxes, class_colors(labels), strict=True):
+        outline(axes[3], box, color, 2, casing=1)
+    tag(axes[3], boxes, [detector.classes[label] for label in labels], class_colors(labels), 9, panel=2)
     for ax in axes:
         ax.set(xlim=(0, 1), ylim=(1, 0))
     return figure
@@ -428,18 +429,18 @@ def before_and_after_nms(data, rng, detector):
     boxes, labels, scores = detect(detector, image)
     show(axes[0], image, f"before: {len(raw)} boxes", fade=0.35)
     show(axes[1], image, f"after: {len(boxes)} boxes", fade=0.35)
-    for box, colour in zip(raw, class_colours(raw_labels), strict=True):
-        outline(axes[0], box, colour, 1.2)
-    for box, colour in zip(boxes, class_colours(labels), strict=True):
-        outline(axes[1], box, colour, 3, casing=1.5)
+    for box, color in zip(raw, class_colors(raw_labels), strict=True):
+        outline(axes[0], box, color, 1.2)
+    for box, color in zip(boxes, class_colors(labels), strict=True):
+        outline(axes[1], box, color, 3, casing=1.5)
     texts = [f"{detector.classes[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    tag(axes[1], boxes, texts, class_colours(labels), 12, panel=4)
+    tag(axes[1], boxes, texts, class_colors(labels), 12, panel=4)
     if len(raw) > len(boxes):  # of those that were removed, the one that overlaps its better one least
         iou = pairwise_iou(raw, boxes).where(raw_labels[:, None] == labels, 0)
         iou, better = iou.where(iou > 0.5, 2).min(dim=1)
         worst = int(iou.argmin())
         kept = int(better[worst])
-        outline(axes[0], boxes[kept], class_colours(labels)[kept], 3, casing=1.5)
+        outline(axes[0], boxes[kept], class_colors(labels)[kept], 3, casing=1.5)
         outline(axes[0], raw[worst], INK, 3, "--", casing=2)
         text = f"{raw_scores[worst]:.2f}, removed: IoU {iou[worst]:.2f} with {scores[kept]:.2f}"
         tag(axes[0], raw[[worst]], [text], [INK], 11, panel=4)
@@ -470,7 +471,7 @@ def precision_recall(data, detector):
         axes[0].text(0.45, 0.45, f"AP = this area\n= {curves[:, one].mean():.2f}", ha="center", fontsize=16)
         for k in present if len(present) <= 10 else []:  # else their mean alone is legible
             label = f"{data.classes[k + 1]} {curves[:, k].mean():.2f}"
-            axes[1].plot(recall, curves[:, k], color=class_colours([k + 1])[0], lw=2, label=label)
+            axes[1].plot(recall, curves[:, k], color=class_colors([k + 1])[0], lw=2, label=label)
         mean = curves[:, present].mean(axis=1)
         axes[1].plot(recall, mean, color=INK, lw=2.5, ls="--", label=f"mean {mean.mean():.2f}")
         axes[1].legend(title="AP at IoU 0.5", loc="lower left")
@@ -492,14 +493,14 @@ def predictions(data, rng, detector):
         show(ax, image, f"{found.sum()} of {len(found)} found" + f", {(~right).sum()} false" * (not right.all()))
         ax.set_aspect(1 / np.median(ratio))
         mark_objects(ax, objects[0])
-        for box, colour in zip(boxes, class_colours(labels), strict=True):
-            outline(ax, box, colour, 2, casing=1)
-        tag(ax, boxes, [f"{score:.2f}" for score in scores], class_colours(labels))
+        for box, color in zip(boxes, class_colors(labels), strict=True):
+            outline(ax, box, color, 2, casing=1)
+        tag(ax, boxes, [f"{score:.2f}" for score in scores], class_colors(labels))
     for ax in axes[len(chosen) :]:
         ax.set_visible(False)
     if len(data.classes) <= 10:
-        names = dict(zip(data.classes[1:], class_colours(range(1, len(data.classes))), strict=True))
-        entries = {name: {"color": colour, "lw": 3} for name, colour in names.items()}
+        names = dict(zip(data.classes[1:], class_colors(range(1, len(data.classes))), strict=True))
+        entries = {name: {"color": color, "lw": 3} for name, color in names.items()}
         legend(figure, entries | {"annotated": {"color": INK, "lw": 1.5, "ls": DASHES}})
     figure.suptitle(f"{totals[1]} of {totals[0]} objects found, {totals[2]} false boxes")
     return figure
@@ -523,12 +524,12 @@ def main():
     if not len(train_set.boxes):
         raise UserError(f"{train_set.annotation_file}: has no boxes to draw")
     folder = Path(args.output)
-    usage.make_writable("--output", folder / "network_ssd.png")
+    usage.check_writable("--output", folder / "network_ssd.png")
 
     def draw(function, *given, file=None):
         figure = function(*given)
         path = folder / (file or f"{function.__name__}.jpg")
-        # At this density JPEG smears no type, as long as colours keep their resolution.
+        # At this density JPEG smears no type, as long as colors keep their resolution.
         options = {"optimize": True}
         if path.suffix == ".jpg":
             options |= {"quality": 75, "subsampling": 0, "progressive": True}

@@ -50,7 +50,7 @@ def outline_of(name):
 
 
 def place_shape(rng, name, size, x, y):
-    """Polygon of a shape, turned and stretched at random; box centred on (x, y), `size` px long."""
+    """Polygon of a shape, turned and stretched at random; box centered on (x, y), `size` px long."""
     shape = affinity.rotate(outline_of(name), rng.uniform(0, 360), origin=(0, 0))
     shape = affinity.scale(shape, rng.uniform(0.75, 1), origin=(0, 0))
     shape = affinity.rotate(shape, rng.uniform(0, 360), origin=(0, 0))
@@ -115,7 +115,7 @@ def mask_of(shape, x, y, width, height):
     fine = np.zeros((height * FINE, width * FINE), np.uint8)
     polygons = [part for part in shapely.get_parts(shape) if part.geom_type == "Polygon"]
     rings = [np.array(r.coords) for p in polygons for r in (p.exterior, *p.interiors)]
-    # OpenCV counts from the centre of the first pixel, in eighths of a pixel with shift=3.
+    # OpenCV counts from the center of the first pixel, in eighths of a pixel with shift=3.
     rings = [((ring - (x, y)) * FINE - 0.5) * 8 for ring in rings]
     cv2.fillPoly(fine, [ring.round().astype(np.int32) for ring in rings], 255, shift=3)
     return cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA) / np.float32(255)
@@ -155,12 +155,12 @@ def texture(rng, height, width):
     return stripes if kind == 2 else np.sign(stripes * np.sin(c * y - s * x))
 
 
-def surface(rng, height, width, colour, strength):
-    """A colour (3,) with gradient and texture of up to `strength` levels: (H, W, 3) float32."""
+def surface(rng, height, width, color, strength):
+    """A color (3,) with gradient and texture of up to `strength` levels: (H, W, 3) float32."""
     x = np.linspace(-1, 1, width, dtype=np.float32)
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     grain, slopes = texture(rng, height, width), rng.uniform(-strength, strength, (3, 3))
-    planes = zip(np.float32(colour), np.float32(slopes), strict=True)
+    planes = zip(np.float32(color), np.float32(slopes), strict=True)
     return cv2.merge([grain * g + (x * a + (y * b + level)) for level, (a, b, g) in planes])
 
 
@@ -169,39 +169,39 @@ def backdrop(rng, height, width):
     ground = surface(rng, height, width, rng.uniform(60, 190) + rng.uniform(-25, 25, 3), 20)
     ground, side = ground.clip(0, 255).astype(np.uint8), min(height, width)
     for kind in rng.integers(0, 3, rng.integers(0, 8)):
-        colour, thick = rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3))
+        color, thick = rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3))
         start, end = rng.uniform(0, (width, height), (2, 2)).astype(int).tolist()
         a, b, turn = rng.integers(20, 160, 3).tolist()
         if kind == 0:
-            cv2.line(ground, start, end, colour, thick, cv2.LINE_AA)
+            cv2.line(ground, start, end, color, thick, cv2.LINE_AA)
         elif kind == 1:
             axes = side * a // 400, side * b // 400
-            cv2.ellipse(ground, start, axes, turn, a, a + b, colour, thick, cv2.LINE_AA)
+            cv2.ellipse(ground, start, axes, turn, a, a + b, color, thick, cv2.LINE_AA)
         else:
             axes = 1 + side * a // 12000, 1 + side * b // 12000  # at most 3 % of `side` across
-            cv2.ellipse(ground, start, axes, turn, 0, 360, colour, -1, cv2.LINE_AA)
+            cv2.ellipse(ground, start, axes, turn, 0, 360, color, -1, cv2.LINE_AA)
     return ground.astype(np.float32)
 
 
-def fill_colour(rng, category, others):
-    """The first of 40 RGB colours at least CONTRAST from all `others` (N, 3), else the farthest.
+def fill_color(rng, category, others):
+    """The first of 40 RGB colors at least CONTRAST from all `others` (N, 3), else the farthest.
 
-    Things have their usual colours, as bananas and fire engines do: a category's hues scatter by
+    Things have their usual colors, as bananas and fire engines do: a category's hues scatter by
     10 degrees about one, so that the sample set can be learnt in minutes.
     """
     usual = list(CATEGORIES).index(category) / len(CATEGORIES)
     hue = (usual + rng.normal(0, 10 / 360, 40)) % 1
     saturation, value = rng.uniform(0.6, 1, 40), rng.uniform(0.5, 1, 40)
     hsv = np.stack([hue * 360, saturation, value], axis=1).astype(np.float32)
-    colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] * 255.0
-    nearest = np.linalg.norm(colours[:, None] - others, axis=2).min(axis=1)  # (40,)
-    return colours[np.argmax(nearest.clip(max=CONTRAST))]
+    colors = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] * 255.0
+    nearest = np.linalg.norm(colors[:, None] - others, axis=2).min(axis=1)  # (40,)
+    return colors[np.argmax(nearest.clip(max=CONTRAST))]
 
 
 def paint_part(rng, canvas, ground, category, part, painted):
-    """Paint a polygon on `canvas` (H, W, 3) in place; return its colour (3,).
+    """Paint a polygon on `canvas` (H, W, 3) in place; return its color (3,).
 
-    The colour differs from the `ground` around it and from those (polygon, colour) in `painted`
+    The color differs from the `ground` around it and from those (polygon, color) in `painted`
     that it touches.
     """
     height, width, _ = canvas.shape
@@ -210,11 +210,11 @@ def paint_part(rng, canvas, ground, category, part, painted):
     window = np.s_[y1:y2, x1:x2]
     mask = mask_of(part, x1, y1, x2 - x1, y2 - y1)
     around = cv2.mean(ground[window], mask=np.uint8(mask < 0.5))[:3]
-    touched = [colour for other, colour in painted if other.intersects(part)]
-    colour = fill_colour(rng, category, np.array([around, *touched]))
-    fill = surface(rng, y2 - y1, x2 - x1, colour, rng.choice([0, 10, 20]))
+    touched = [color for other, color in painted if other.intersects(part)]
+    color = fill_color(rng, category, np.array([around, *touched]))
+    fill = surface(rng, y2 - y1, x2 - x1, color, rng.choice([0, 10, 20]))
     canvas[window] += cv2.merge([mask] * 3) * (fill - canvas[window])
-    return colour
+    return color
 
 
 def draw_scene(rng, kind="objects"):
@@ -224,8 +224,8 @@ def draw_scene(rng, kind="objects"):
     canvas, painted = ground.copy(), []
     for item in items:
         for part in item.parts:
-            colour = paint_part(rng, canvas, ground, item.category, part, painted)
-            painted.append((part, colour))
+            color = paint_part(rng, canvas, ground, item.category, part, painted)
+            painted.append((part, color))
     light = rng.uniform(0.7, 1.15, (3, 3, 1)).astype(np.float32).repeat(3, axis=2)
     canvas *= cv2.resize(light, (width, height), interpolation=cv2.INTER_CUBIC)
     if rng.random() < 0.3:

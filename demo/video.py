@@ -37,17 +37,17 @@ def moving_shapes(rng):
     things = []
     for n, (category, name) in enumerate(shapes.CATEGORIES.items()):
         shape = shapes.place_shape(rng, name, rng.uniform(120, 180), 0, 0)
-        colour = shapes.fill_colour(rng, category, np.array([GROUND], float))
+        color = shapes.fill_color(rng, category, np.array([GROUND], float))
         home = np.array([WIDTH * (n % 3 + 0.5) / 3, HEIGHT * (n // 3 + 0.5) / 2])
-        things.append((shape, colour, home, rng.uniform(0, 2 * np.pi, 2), rng.choice([-1, 1])))
+        things.append((shape, color, home, rng.uniform(0, 2 * np.pi, 2), rng.choice([-1, 1])))
     for way in np.linspace(0, 2 * np.pi, FRAMES, endpoint=False):
         canvas = ground.copy()
-        for shape, colour, home, phase, turn in things:
+        for shape, color, home, phase, turn in things:
             # Each stays near its home: they meet, but none hides another, and labels keep apart.
             place = home + ROOM * np.sin(way + phase)
             moved = affinity.rotate(shape, turn * way, origin=(0, 0), use_radians=True)
             mask = shapes.mask_of(affinity.translate(moved, *place), 0, 0, WIDTH, HEIGHT)[..., None]
-            canvas += mask * (colour - canvas)
+            canvas += mask * (color - canvas)
         yield canvas.clip(0, 255).astype(np.uint8)
 
 
@@ -57,7 +57,7 @@ def write_gif(path, frames, detector):
     for frame in frames:
         found = detector([frame], score_threshold=0.5)[0]
         drawn.append(Image.fromarray(draw_detections(frame, **found, classes=detector.classes)))
-    # One palette for all: what stands still keeps its colour, and costs no bytes.
+    # One palette for all: what stands still keeps its color, and costs no bytes.
     some = Image.fromarray(np.hstack(drawn[:: len(drawn) // 6]))
     palette = some.quantize(256, Image.Quantize.MEDIANCUT)
     drawn = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in drawn]

@@ -18,9 +18,9 @@ class DefaultBoxes:
     """
 
     input_size: int  # pixels along each side of the image
-    maps: tuple  # cells along each side of a feature map
-    steps: tuple  # distance of neighbouring cells
-    sizes: tuple  # s_k of eq. 4, one more than maps: the last is for the sqrt(s_k * s_(k+1)) box
+    feature_maps: tuple  # cells along each side of a feature map
+    strides: tuple  # distance of neighboring cells
+    sizes: tuple  # s_k of eq. 4, one more than feature maps: the last is for the sqrt(s_k * s_(k+1)) box
     ratios: tuple  # aspect ratios other than 1; each is for itself and its inverse
 
     @property
@@ -33,16 +33,16 @@ DEFAULT_BOXES = {
     # The paper's COCO sizes (section 3.4 and its code): 0.07 for the first map, then 0.15 to 1.05.
     "ssd": DefaultBoxes(
         input_size=300,
-        maps=(38, 19, 10, 5, 3, 1),
-        steps=(8, 16, 32, 64, 100, 300),
+        feature_maps=(38, 19, 10, 5, 3, 1),
+        strides=(8, 16, 32, 64, 100, 300),
         sizes=(21, 45, 99, 153, 207, 261, 315),
         ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
     ),
     # MobileNetV2 section 6.2 names the maps; sizes are 0.2 to 0.95 (eq. 4), and 1.1 for the last.
     "ssdlite": DefaultBoxes(
         input_size=300,
-        maps=(19, 10, 5, 3, 2, 1),
-        steps=(16, 32, 64, 100, 150, 300),
+        feature_maps=(19, 10, 5, 3, 2, 1),
+        strides=(16, 32, 64, 100, 150, 300),
         sizes=(60, 105, 150, 195, 240, 285, 330),
         ratios=((2, 3),) * 6,
     ),
@@ -55,7 +55,7 @@ def make_default_boxes(name):
     Order, the same as the heads': map, then shape, then row, then column. SSD section 2.2.
     """
     constants, boxes = DEFAULT_BOXES[name], []
-    for k, (cells, step) in enumerate(zip(constants.maps, constants.steps, strict=True)):
+    for k, (cells, stride) in enumerate(zip(constants.feature_maps, constants.strides, strict=True)):
         size, next_size = constants.sizes[k], constants.sizes[k + 1]
         shapes = [(size, size), (math.sqrt(size * next_size),) * 2]
         for ratio in constants.ratios[k]:
@@ -64,19 +64,19 @@ def make_default_boxes(name):
         for width, height in shapes:
             for row in range(cells):
                 for column in range(cells):
-                    # The paper's text puts the centres at (i + 0.5) / |f_k|. Here, as in its code: at
-                    # (i + 0.5) steps, which differs where a step does not divide the input size.
-                    boxes.append(((column + 0.5) * step, (row + 0.5) * step, width, height))
-    # Clamps centre, width and height, not corners: published weights expect it.
+                    # The paper's text puts the centers at (i + 0.5) / |f_k|. Here, as in its code: at
+                    # (i + 0.5) strides, which differs where a stride does not divide the input size.
+                    boxes.append(((column + 0.5) * stride, (row + 0.5) * stride, width, height))
+    # Clamps center, width and height, not corners: published weights expect it.
     return (torch.tensor(boxes, dtype=torch.float64) / constants.input_size).clamp(0, 1).float()
 
 
-def to_corners(boxes):
+def box_cxcywh_to_xyxy(boxes):
     """(..., 4) cxcywh -> (..., 4) xyxy."""
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
-def to_centres(boxes):
+def box_xyxy_to_cxcywh(boxes):
     """(..., 4) xyxy -> (..., 4) cxcywh."""
     return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
 
@@ -96,13 +96,13 @@ def pairwise_iou(a, b):
 class Encoder:
     """Turns objects into training targets, and the network's output into detections.
 
-    default_boxes: (D, 4) float32 cxcywh. variances: divisors of the offsets, (centre, size). The
+    default_boxes: (D, 4) float32 cxcywh. variances: divisors of the offsets, (center, size). The
     paper's text has none; its code has 0.1 and 0.2, as do most implementations.
     """
 
     def __init__(self, default_boxes, variances=(0.1, 0.2)):
         self.default_boxes = default_boxes
-        self.corners = to_corners(default_boxes)
+        self.corners = box_cxcywh_to_xyxy(default_boxes)
         self.variances = variances
 
     def encode(self, boxes, labels):
@@ -124,8 +124,8 @@ class Encoder:
             owner[d], best_iou[d] = g, 1.0  # 1.0: matched whatever the IoU
         matched = (best_iou > 0.5).nonzero().squeeze(1)  # (M,): which default boxes have an object
         owner = owner[matched]
-        # Eq. 2: offsets of the centre relative to the default box's size, and the logarithm of the ratio of sizes.
-        objects, defaults = to_centres(boxes[owner]), self.default_boxes[matched]
+        # Eq. 2: offsets of the center relative to the default box's size, and the logarithm of the ratio of sizes.
+        objects, defaults = box_xyxy_to_cxcywh(boxes[owner]), self.default_boxes[matched]
         offsets = (objects[:, :2] - defaults[:, :2]) / defaults[:, 2:] / self.variances[0]
         scales = (objects[:, 2:] / defaults[:, 2:]).log() / self.variances[1]
         loc_targets[matched] = torch.cat([offsets, scales], dim=1)
@@ -173,6 +173,6 @@ class Encoder:
     def apply_offsets(self, loc, kept=slice(None)):
         """The inverse of what `encode` writes: loc (N, 4) of boxes `kept` (N,) -> (N, 4) xyxy."""
         defaults = self.default_boxes.to(loc.device)[kept]
-        centres = defaults[:, :2] + loc[:, :2] * self.variances[0] * defaults[:, 2:]
+        centers = defaults[:, :2] + loc[:, :2] * self.variances[0] * defaults[:, 2:]
         sizes = defaults[:, 2:] * (loc[:, 2:] * self.variances[1]).exp()
-        return to_corners(torch.cat([centres, sizes], dim=1))
+        return box_cxcywh_to_xyxy(torch.cat([centers, sizes], dim=1))

@@ -14,7 +14,7 @@ from torch import nn
 
 from src import distributed
 from src.boxes import DEFAULT_BOXES
-from src.distributed import say
+from src.distributed import print_rank0
 from src.model import IMAGENET_WEIGHTS, MODELS, build_model
 from src.transform import IMAGENET_MEAN, IMAGENET_STD
 from src.usage import UserError, is_lfs_pointer
@@ -64,15 +64,15 @@ def find_stopped_run(file, options):
             " --pretrained-model to start from it"
         )
     place = [stopped["epoch"], stopped["samples_seen"]] if stopped else [-1, 0]
-    if distributed.total(place) != [distributed.world_size() * value for value in place]:
+    if distributed.all_reduce(place) != [distributed.world_size() * value for value in place]:
         raise UserError(f"{file}: differs between processes: --save-folder must be storage that all machines share")
     if stopped:
-        say(f"resuming from {file}: {place[0]} epochs, {place[1]} images")
+        print_rank0(f"resuming from {file}: {place[0]} epochs, {place[1]} images")
         for option, value in options.items():
             if stopped["args"].get(option, value) != value:
-                say(f"changed since: {option} was {stopped['args'][option]}, is {value}")
+                print_rank0(f"changed since: {option} was {stopped['args'][option]}, is {value}")
         if stopped["epoch"] >= options["epochs"]:
-            say("nothing left to train: raise --epochs, or give another --save-folder")
+            print_rank0("nothing left to train: raise --epochs, or give another --save-folder")
     return stopped
 
 
@@ -90,9 +90,9 @@ def start_network(args, stopped, classes):
                 f"{args.save_folder}: holds a run on {len(stopped['classes']) - 1} other classes"
                 f" ({', '.join(stopped['classes'][1:4])}, ...): give another --save-folder"
             )
-        fill(network, stopped["model_state_dict"], args.save_folder)
+        load_weights(network, stopped["model_state_dict"], args.save_folder)
     elif source:
-        say(fine_tune_from(network, source, classes, args.pretrained_model))
+        print_rank0(fine_tune_from(network, source, classes, args.pretrained_model))
     return network
 
 
@@ -245,7 +245,7 @@ def refuse_other_networks(published, path):
     kind = next((name for key, name in QFGAOHAO_NETWORKS.items() if key in published), "an unknown network")
     if kind == "mb2-ssd-lite":
         first = published.get("base_net.0.0.weight")
-        width = len(first) / 32 if getattr(first, "ndim", 0) == 4 else 1  # else `fill` says what is wrong
+        width = len(first) / 32 if getattr(first, "ndim", 0) == 4 else 1  # else `load_weights` says what is wrong
         if width == 1:
             return
         kind = f"{kind} of width {width:g}"
@@ -273,7 +273,7 @@ def convert_qfgaohao(published, num_classes, path):
     # 2. Pixels: (x - 127) / 128. The deviation is folded into the first convolution. The mean cannot be, since
     # that pads with zeros after it is subtracted: the network subtracts it. Exact, but for float32's rounding.
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]  # (3, 1, 1) each
-    fill(network, weights | {"backbone.mean": (127 / 255 - mean) / std}, path)
+    load_weights(network, weights | {"backbone.mean": (127 / 255 - mean) / std}, path)
     network.backbone.to_stride_16[0][0].weight.mul_(255 / 128 * std)
     # 3. A bias before a batch norm becomes part of its mean.
     for head in separable:
@@ -288,14 +288,14 @@ def convert_qfgaohao(published, num_classes, path):
     return network.state_dict()
 
 
-def model_of(checkpoint, path):
-    """Build the network of a loaded checkpoint and fill it, wholly or not at all."""
+def network_from(checkpoint, path):
+    """Build the network of a loaded checkpoint and load its weights, wholly or not at all."""
     model = build_model(checkpoint["model"], len(checkpoint["classes"]), pretrained_backbone=False)
-    fill(model, checkpoint["model_state_dict"], path)
+    load_weights(model, checkpoint["model_state_dict"], path)
     return model
 
 
-def fill(model, weights, path):
+def load_weights(model, weights, path):
     """Load `weights` into `model`; UserError with the names where they do not fit exactly."""
     wanted = model.state_dict()
     if not all(isinstance(values, torch.Tensor) for values in weights.values()):
@@ -329,7 +329,7 @@ def fine_tune_from(model, checkpoint, classes, path):
     """
     known = checkpoint["classes"]
     source = type(model)(model.default_boxes, len(known), pretrained_backbone=False)
-    fill(source, checkpoint["model_state_dict"], path)
+    load_weights(source, checkpoint["model_state_dict"], path)
     weights, own = source.state_dict(), model.state_dict()
     # Row 0 is ours; a category of the user's may be called "background", too.
     names = [name if name in known[1:] else OTHER_NAME.get(name) for name in classes]  # as the checkpoint has them

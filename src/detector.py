@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes
-from src.checkpoint import load_checkpoint, model_of
+from src.checkpoint import load_checkpoint, network_from
 from src.transform import normalize, resize
 
 
@@ -41,7 +41,7 @@ class Detector:
         amp: half precision (float16 on a GPU, bfloat16 on a CPU). UserError if it cannot be loaded.
         """
         state = load_checkpoint(path)
-        model = model_of(state, path)
+        model = network_from(state, path)
         detector = cls(model, state["model"], state["classes"], state["category_ids"], device, amp)
         detector.layout = state["layout"]
         return detector
@@ -85,7 +85,7 @@ def fold_batch_norm(module):
     return module
 
 
-def record(image, found, classes):
+def json_entry(image, found, classes):
     """One image's entry in the JSON output; boxes [xmin, ymin, xmax, ymax] in pixels."""
     boxes, labels, scores = (found[key].tolist() for key in ("boxes", "labels", "scores"))
     return {

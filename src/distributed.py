@@ -118,7 +118,7 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(text):
+def print_rank0(text):
     """Print from one process only."""
     if rank() == 0:
         print(text, flush=True)
@@ -132,11 +132,11 @@ def devices(device):
     name = f"CPU ({torch.get_num_threads()} threads)"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    counts = Counter(gather(name))
+    counts = Counter(all_gather(name))
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
-def meet():
+def barrier():
     """Wait for all processes, half of TIMEOUT at most: the error names those who do not come.
 
     Before waiting for a GPU: NCCL aborts a process after TIMEOUT, and does not know for whom it waited.
@@ -145,7 +145,7 @@ def meet():
         dist.group.WORLD.monitored_barrier(TIMEOUT / 2, wait_all_ranks=True)
 
 
-def total(values):
+def all_reduce(values):
     """Sum a list of floats over all processes, entry by entry; every process gets the sums."""
     if not dist.is_initialized():
         return values
@@ -154,7 +154,7 @@ def total(values):
     return sums.tolist()
 
 
-def gather(value):
+def all_gather(value):
     """Every process's `value` as a list, in every process."""
     if not dist.is_initialized():
         return [value]
@@ -163,11 +163,11 @@ def gather(value):
     return values
 
 
-def parallel(network):
+def maybe_ddp(network):
     """The network to call in training: with several processes inside DDP, all with rank 0's weights and buffers."""
     if world_size() == 1:
         return network
-    meet()
+    barrier()
     model = DistributedDataParallel(network, gradient_as_bucket_view=True)
     # Training does not read the running statistics of batch norm: no need to send rank 0's before
     # each step. Not an option above, as that is deprecated and would not send them at the start.
@@ -175,9 +175,9 @@ def parallel(network):
     return model
 
 
-def share_buffers(network):
+def broadcast_buffers(network):
     """Give every process rank 0's buffers, which are the saved ones: in training each keeps its own."""
     if dist.is_initialized():
-        meet()
+        barrier()
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)

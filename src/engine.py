@@ -48,13 +48,13 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
         options = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(stopped["optimizer"] | {"param_groups": options})
     else:
-        # Fused SGD leaves its buffers uninitialised if GradScaler skips the very first step.
+        # Fused SGD leaves its buffers uninitialized if GradScaler skips the very first step.
         for p in network.parameters():
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
-def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp):
+def train_steps(model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp):
     """Train on what is left of an epoch; yields (iteration, report) after every step.
 
     loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets (B, D) and
@@ -91,11 +91,11 @@ def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_it
         report = None
         recent.append((torch.stack([loc_loss, cls_loss]).detach(), ids))
         if (iteration + 1) % LOG_EVERY == 0 or iteration == last:
-            distributed.meet()
+            distributed.barrier()
             losses = torch.stack([losses for losses, _ in recent]).tolist()  # waits for the device
             means = mean_losses(losses)  # of all processes, so that all stop at what is not finite
             if not math.isfinite(means["Loss"]):
-                raise not_finite(losses, [ids for _, ids in recent], epoch, iteration)
+                raise non_finite_error(losses, [ids for _, ids in recent], epoch, iteration)
             images_seen = len(losses) * len(ids) * distributed.world_size()
             seconds = time.perf_counter() - clock
             report = means | {"LR": lr, "Images_per_second": images_seen / seconds}
@@ -109,12 +109,12 @@ def train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first_it
 
 def mean_losses(losses):
     """Mean over steps and processes of this process's losses, [[loc, cls], ...]."""
-    sums = distributed.total([sum(column) for column in zip(*losses, strict=True)])
+    sums = distributed.all_reduce([sum(column) for column in zip(*losses, strict=True)])
     loc, cls = (value / len(losses) / distributed.world_size() for value in sums)
     return {"Loss": loc + cls, "Loss_loc": loc, "Loss_cls": cls}
 
 
-def not_finite(losses, image_ids, epoch, iteration):
+def non_finite_error(losses, image_ids, epoch, iteration):
     """The UserError for the first of this process's losses, [[loc, cls], ...], not finite."""
     first = iteration - len(losses) + 1
     for step, (values, ids) in enumerate(zip(losses, image_ids, strict=True), start=first):
@@ -145,7 +145,7 @@ def evaluate(detector, loader, truth, nms_threshold=0.5):
             categories = torch.tensor(detector.category_ids)[one["labels"] - 1]
             columns = [torch.full_like(one["scores"], image_id, dtype=torch.float64), *boxes.T]
             rows.append(torch.stack([*columns, one["scores"], categories], dim=1).numpy())
-    detections = np.concatenate(distributed.gather(np.concatenate(rows)))
+    detections = np.concatenate(distributed.all_gather(np.concatenate(rows)))
     detections = detections[np.argsort(detections[:, 0], kind="stable")]
     metrics = coco_metrics(truth, detections)
     if has_difficult(truth):
@@ -161,7 +161,7 @@ def coco_results(detections):
     ]
 
 
-def deal(categories, detections, shares):
+def split_categories(categories, detections, shares):
     """Categories as `shares` lists that pycocotools judges in about the same time.
 
     It takes detections one by one: those with most are dealt first, each to the smallest share.
@@ -173,7 +173,7 @@ def deal(categories, detections, shares):
     return dealt
 
 
-def judge(truth, detections, categories):
+def evaluate_categories(truth, detections, categories):
     """pycocotools' COCOeval of some categories only, accumulated; others' detections are ignored."""
     # Not truth.loadRes(results), which raises on an empty list.
     annotations = [
@@ -195,11 +195,11 @@ def run_coco_eval(truth, detections):
     Nothing in pycocotools passes from one category to another until the last mean: each process
     judges its share of the categories, then the shares are joined, bit for bit as one would have it.
     """
-    own = deal(truth.cats, detections, distributed.world_size())[distributed.rank()]
-    coco_eval = judge(truth, detections, own)
+    own = split_categories(truth.cats, detections, distributed.world_size())[distributed.rank()]
+    coco_eval = evaluate_categories(truth, detections, own)
     arrays = {"precision": 2, "recall": 1, "scores": 2}  # the axis of categories
     own = [np.moveaxis(coco_eval.eval[name], axis, 0) for name, axis in arrays.items()]
-    shares = distributed.gather(list(zip(coco_eval.params.catIds, *own, strict=True)))
+    shares = distributed.all_gather(list(zip(coco_eval.params.catIds, *own, strict=True)))
     categories, *joined = zip(*sorted(sum(shares, []), key=itemgetter(0)), strict=True)
     coco_eval.params.catIds = list(categories)
     for (name, axis), values in zip(arrays.items(), joined, strict=True):

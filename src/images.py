@@ -34,7 +34,7 @@ def read_image(path, upright=True):
             image = Image.fromarray(to_8_bits(image))
         if upright and turn is not None:
             image = image.transpose(turn)
-        if image.mode == "P":  # by way of RGBA: a palette may hold transparent colours
+        if image.mode == "P":  # by way of RGBA: a palette may hold transparent colors
             image = image.convert("RGBA")
         if image.mode != "RGB":  # else it would be copied
             image = image.convert("RGB")
@@ -59,14 +59,14 @@ def to_8_bits(image):
         bits = 8 if image.mode == "I" and high <= 255 and image.format != "PPM" else 16
         if image.mode != "I" and tags.get(BITS_PER_SAMPLE) == (12,):
             bits = 12
-        grey = levels >> bits - 8
+        gray = levels >> bits - 8
     else:
         if low >= 0 and high <= 1:
             low, high = 0, 1
-        grey = (levels.astype(np.float64) - low) * (255 / max(float(high) - float(low), 1e-300))
-        grey = np.nan_to_num(grey, posinf=255).round()
-    grey = grey.clip(0, 255).astype(np.uint8)
-    return 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey  # 0: white is the lowest level
+        gray = (levels.astype(np.float64) - low) * (255 / max(float(high) - float(low), 1e-300))
+        gray = np.nan_to_num(gray, posinf=255).round()
+    gray = gray.clip(0, 255).astype(np.uint8)
+    return 255 - gray if tags.get(PHOTOMETRIC) == 0 else gray  # 0: white is the lowest level
 
 
 def save_image(image, path, quality):

@@ -9,7 +9,7 @@ from torch import nn
 class MultiBoxLoss(nn.Module):
     """Smooth L1 on matched default boxes, cross-entropy on those and the hardest negatives.
 
-    per_image: normalise as NVIDIA's and uvipen's SSD-ResNet50 recipes do, each image by its own
+    per_image: normalize as NVIDIA's and uvipen's SSD-ResNet50 recipes do, each image by its own
     matched boxes, instead of the batch by all of its matched boxes (eq. 1).
     """
 

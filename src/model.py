@@ -1,6 +1,6 @@
 """The two networks: SSD with ResNet-50 (SSD section 2.1) and SSDLite with MobileNetV2.
 
-forward(images (B, 3, 300, 300) float32, ImageNet-normalised)
+forward(images (B, 3, 300, 300) float32, ImageNet-normalized)
     -> loc (B, D, 4) box offsets, cls_logits (B, D, C), class 0 is background
 """
 
@@ -22,8 +22,8 @@ def build_model(name, num_classes, pretrained_backbone=True):
 class ResNet50Backbone(nn.Module):
     """ResNet-50 up to conv4, whose first block keeps stride 8: (B, 1024, 38, 38)."""
 
-    # Paper: VGG-16, whose conv4_3 is the first map and L2-normalised. Here: ResNet-50, as in NVIDIA's
-    # and uvipen's recipes; batch norm keeps its features in range, so no L2 normalisation.
+    # Paper: VGG-16, whose conv4_3 is the first map and L2-normalized. Here: ResNet-50, as in NVIDIA's
+    # and uvipen's recipes; batch norm keeps its features in range, so no L2 normalization.
     def __init__(self, pretrained):
         super().__init__()
         # Without pretrained weights features would grow from block to block, and the heads' first steps
@@ -87,7 +87,7 @@ class MobileNetV2Backbone(nn.Module):
         block14 = features[14].conv  # 1x1 expansion, 3x3 depthwise with stride 2, 1x1 projection
         self.to_stride_16 = nn.Sequential(*features[:14], block14[0])
         self.to_stride_32 = nn.Sequential(*block14[1:], *features[15:])
-        # Subtracted from normalised pixels: not zero only in weights trained with another mean than ImageNet's.
+        # Subtracted from normalized pixels: not zero only in weights trained with another mean than ImageNet's.
         self.register_buffer("mean", torch.zeros(3, 1, 1))
 
     def forward(self, images):
@@ -113,7 +113,7 @@ class SSDLite(nn.Module):
         )
         channels, per_cell = (576, 1280, 512, 256, 256, 64), default_boxes.per_cell
         self.loc, self.conf = nn.ModuleList(), nn.ModuleList()
-        for c, boxes, cells in zip(channels, per_cell, default_boxes.maps, strict=True):
+        for c, boxes, cells in zip(channels, per_cell, default_boxes.feature_maps, strict=True):
             self.loc.append(lite_head(c, 4 * boxes, cells))
             self.conf.append(lite_head(c, num_classes * boxes, cells))
         for part in (self.additional_blocks, self.loc, self.conf):
@@ -177,7 +177,7 @@ def predict(default_boxes, maps, loc_heads, conf_heads, num_classes):
     A head's channel is `coordinate * per_cell + shape` (or `class * per_cell + shape`), so that
     flattening gives the order of `make_default_boxes`: shape, row, column.
     """
-    layout = zip(default_boxes.maps, default_boxes.per_cell, strict=True)
+    layout = zip(default_boxes.feature_maps, default_boxes.per_cell, strict=True)
     loc, cls_logits = [], []
     for x, loc_head, conf_head, (cells, per_cell) in zip(maps, loc_heads, conf_heads, layout, strict=True):
         assert x.shape[2:] == (cells, cells), f"a map is {tuple(x.shape[2:])}, not {cells} cells wide and high"

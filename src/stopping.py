@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 
 from src import distributed, usage
-from src.distributed import say
+from src.distributed import print_rank0
 from src.usage import UserError
 
 
@@ -21,7 +21,7 @@ def lock_save_folder(folder, model):
     holder = ""
     if distributed.rank() == 0:
         holder = lock(Path(folder) / f"{model}.lock")
-    if distributed.total([float(bool(holder))])[0]:
+    if distributed.all_reduce([float(bool(holder))])[0]:
         if not holder:
             sys.exit(2)  # rank 0 says why
         raise UserError(f"--save-folder {folder}: in use by {holder}; give each run its own")
@@ -36,7 +36,7 @@ def lock(file):
     except BlockingIOError:
         return os.read(descriptor, 999).decode(errors="replace") or "another run"
     except OSError as error:  # another user's file, or a network file system without locks
-        say(f"{file}: no lock ({error.strerror}); make sure that no other run uses this folder")
+        print_rank0(f"{file}: no lock ({error.strerror}); make sure that no other run uses this folder")
         return ""
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -63,12 +63,12 @@ def stop_on_signals():
 
 def told_to_stop(received):
     """True if any process got a stop signal. Collective: call it at the same step in every process."""
-    return distributed.total([float(bool(received))])[0] > 0
+    return distributed.all_reduce([float(bool(received))])[0] > 0
 
 
 def leave(file, received):
     """End a run that was saved to `file`, with the status of a process that a signal has stopped."""
-    say(saved_to(file))
+    print_rank0(saved_to(file))
     distributed.tear_down()
     sys.exit(128 + (received or [signal.SIGTERM])[0])
 

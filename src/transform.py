@@ -1,4 +1,4 @@
-"""What happens to pixels before the network: augment, resize, normalise.
+"""What happens to pixels before the network: augment, resize, normalize.
 
 Images are (H, W, 3) uint8 RGB; boxes (G, 4) float32 xyxy relative to the image, in [0, 1].
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision's ColorJitter
+GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision's ColorJitter
 
 
 def augment(image, boxes, labels, rng, size, zoom_out=False):
@@ -27,7 +27,7 @@ def augment(image, boxes, labels, rng, size, zoom_out=False):
     image = resize(image, size)  # before the flip: the same image either way, with fewer pixels to move
     if rng.random() < 0.5:
         image, boxes = flip(image, boxes)
-    return jitter_colours(image, rng), boxes, labels
+    return jitter_colors(image, rng), boxes, labels
 
 
 def expand(image, boxes, rng, longest=10**6):
@@ -56,11 +56,11 @@ def expand(image, boxes, rng, longest=10**6):
 
 
 def crop(image, boxes, labels, rng):
-    """Sample a patch (SSD section 2.2); its objects are those whose centre lies inside, clipped.
+    """Sample a patch (SSD section 2.2); its objects are those whose center lies inside, clipped.
 
     Paper (its code): up to 50 draws of a scale and a ratio, until one object has the minimum IoU.
     Here, as in NVIDIA's and uvipen's recipes: draw width and height once; every object must reach the minimum
-    IoU; if the patch is rejected (ratio of the sides, IoU, no object's centre inside), start again with
+    IoU; if the patch is rejected (ratio of the sides, IoU, no object's center inside), start again with
     a new option.
     """
     if len(boxes) == 0:
@@ -74,8 +74,8 @@ def crop(image, boxes, labels, rng):
     right = max(left + 1, round(float(patch[2]) * width))
     bottom = max(top + 1, round(float(patch[3]) * height))
     patch = np.array([left / width, top / height, right / width, bottom / height], np.float32)
-    inside = centres_inside(boxes, patch)
-    if not inside.any():  # a centre within half a pixel of the patch's border
+    inside = centers_inside(boxes, patch)
+    if not inside.any():  # a center within half a pixel of the patch's border
         return image, boxes, labels
     origin, side = np.tile(patch[:2], 2), np.tile(patch[2:] - patch[:2], 2)
     boxes = ((boxes[inside] - origin) / side).clip(0, 1)
@@ -91,7 +91,7 @@ def sample_patch(boxes, rng):
         width, height = rng.uniform(0.3, 1, 2)
         left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         patch = np.array([left, top, left + width, top + height])
-        if not 0.5 <= width / height <= 2 or not centres_inside(boxes, patch).any():
+        if not 0.5 <= width / height <= 2 or not centers_inside(boxes, patch).any():
             continue
         min_iou = (0.1, 0.3, 0.5, 0.7, 0.9, -1)[option - 1]
         overlap = np.minimum(boxes[:, 2:], patch[2:]) - np.maximum(boxes[:, :2], patch[:2])
@@ -101,10 +101,10 @@ def sample_patch(boxes, rng):
             return patch
 
 
-def centres_inside(boxes, patch):
-    """Which of boxes (G, 4) have their centre inside the patch (4,): (G,) bool."""
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((centres > patch[:2]) & (centres < patch[2:])).all(axis=1)
+def centers_inside(boxes, patch):
+    """Which of boxes (G, 4) have their center inside the patch (4,): (G,) bool."""
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    return ((centers > patch[:2]) & (centers < patch[2:])).all(axis=1)
 
 
 def flip(image, boxes):
@@ -124,7 +124,7 @@ def resize(image, size):
     return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
 
 
-def jitter_colours(image, rng):
+def jitter_colors(image, rng):
     """Brightness, contrast, saturation and hue in random order: torchvision's ColorJitter.
 
     Paper (its code): each half the time, brightness added, hue by up to 0.1. Here: uvipen's
@@ -137,11 +137,11 @@ def jitter_colours(image, rng):
         if step == 0:
             image = cv2.convertScaleAbs(image, alpha=brightness)
         elif step == 1:
-            mean = round(float(np.dot(cv2.mean(image)[:3], GREY)))
+            mean = round(float(np.dot(cv2.mean(image)[:3], GRAY)))
             levels = contrast * np.arange(256) + (1 - contrast) * mean
             image = cv2.LUT(image, levels.round().clip(0, 255).astype(np.uint8))
         elif step == 2:
-            image = cv2.transform(image, saturation * np.eye(3) + (1 - saturation) * np.array(GREY))
+            image = cv2.transform(image, saturation * np.eye(3) + (1 - saturation) * np.array(GRAY))
         else:
             image = shift_hue(image, hue)
     return image

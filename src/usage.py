@@ -85,7 +85,7 @@ def make_folder(option, folder):
         raise UserError(f"{option} {folder}: may not be written to; choose another")
 
 
-def make_writable(option, path):
+def check_writable(option, path):
     """Make sure that a file can be written at `path`: its folder is made, with all above it.
 
     UserError if it cannot.
@@ -102,7 +102,7 @@ def make_writable(option, path):
 
 
 def prepare_outputs(outputs, inputs):
-    """Make sure that all outputs, [(option, path), ...], can be written, as make_writable does.
+    """Make sure that all outputs, [(option, path), ...], can be written, as check_writable does.
 
     UserError if one of them is one of the inputs (paths, which need not exist), or another output.
     """
@@ -113,7 +113,7 @@ def prepare_outputs(outputs, inputs):
             raise UserError(f"{option} {path}: is {known[file]}, too; give another name")
         known[file] = f"what {option} writes"
     for option, path in outputs:
-        make_writable(option, path)
+        check_writable(option, path)
 
 
 def identity(path):

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 
-def class_colour(label):
-    """The colour of class `label`, (R, G, B): always the same, far from its neighbours'."""
+def class_color(label):
+    """The color of class `label`, (R, G, B): always the same, far from its neighbors'."""
     hue = label * 0.618034 % 1  # the golden ratio spreads any number of hues evenly
     lightness = (0.5, 0.65, 0.4)[label % 3]
     return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, lightness, 0.9))
@@ -27,14 +27,14 @@ def draw_detections(image, boxes, labels, scores, classes):
     for k in order:
         corners = np.round(np.asarray(boxes[k])).astype(int).reshape(2, 2)
         first, last = corners.clip(0, (width - 1, height - 1)).tolist()  # on the last pixel too
-        cv2.rectangle(image, first, last, class_colour(int(labels[k])), thickness)
+        cv2.rectangle(image, first, last, class_color(int(labels[k])), thickness)
     # OpenCV crashes on half a character, which a checkpoint may hold.
     texts = [classes[int(label)].encode(errors="replace").decode() for label in labels]
     if scores is not None:
         texts = [f"{text} {float(score):.2f}" for text, score in zip(texts, scores, strict=True)]
     plates = place_labels(texts, boxes, size, (width, height))
     for k in order:
-        draw_label(image, texts[k], plates[k], class_colour(int(labels[k])), size)
+        draw_label(image, texts[k], plates[k], class_color(int(labels[k])), size)
     return image
 
 
@@ -60,12 +60,12 @@ def place_labels(texts, boxes, size, frame):
     return plates
 
 
-def draw_label(image, text, plate, colour, size):
+def draw_label(image, text, plate, color, size):
     """Write `text` on a plate [left, top, right, bottom], in place."""
     font = cv2.FontFace("sans")  # comes with OpenCV: Latin, Cyrillic, Greek, CJK and more
     x, y = plate[:2]
-    cv2.rectangle(image, plate[:2], plate[2:], colour, cv2.FILLED)
+    cv2.rectangle(image, plate[:2], plate[2:], color, cv2.FILLED)
     # Black where it has the higher contrast: relative luminance above 0.179 (WCAG 2).
-    luminance = np.dot((np.array(colour) / 255) ** 2.2, (0.2126, 0.7152, 0.0722))
+    luminance = np.dot((np.array(color) / 255) ** 2.2, (0.2126, 0.7152, 0.0722))
     ink = (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
     cv2.putText(image, text, (x + size // 4, y + round(size * 1.05)), ink, font, size)

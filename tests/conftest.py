@@ -17,8 +17,8 @@ def shapes_folder(tmp_path_factory):
 
 @pytest.fixture
 def no_jitter(monkeypatch):
-    """The augmentation without its colours."""
-    monkeypatch.setattr(transform, "jitter_colours", lambda image, rng: image)
+    """The augmentation without its colors."""
+    monkeypatch.setattr(transform, "jitter_colors", lambda image, rng: image)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ CATEGORIES = [{"id": 44, "name": "cup"}, {"id": 2, "name": "cat"}, {"id": 7, "na
 
 
 def scene(height=150, width=200):
-    """A colourful image: gradients, a rectangle, some noise."""
+    """A colorful image: gradients, a rectangle, some noise."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([x * 255 / width, y * 255 / height, 255 - (x + y) * 255 / (width + height)])
     image[:, height // 4 : height // 2, width // 3 : width // 2] = np.reshape([220, 40, 90], (3, 1, 1))
@@ -119,7 +119,7 @@ def forward(model, images):
 
 
 def reference_images(count):
-    """Reference images (count, 3, 300, 300), normalised with ImageNet's mean and standard deviation."""
+    """Reference images (count, 3, 300, 300), normalized with ImageNet's mean and standard deviation."""
     pixels = torch.from_numpy(np.stack([reference_image(seed) for seed in range(count)])).float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()

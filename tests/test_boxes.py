@@ -14,7 +14,7 @@ from samples import certain_logits, tensors
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
-from src.boxes import Encoder, make_default_boxes, pairwise_iou, to_centres, to_corners
+from src.boxes import Encoder, box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, make_default_boxes, pairwise_iou
 
 REFERENCE = Path(__file__).parent / "reference"
 MODELS = ("ssd", "ssdlite")
@@ -34,15 +34,15 @@ def test_default_boxes_equal_the_reference(name):
 # Geometry
 
 
-def test_corners_and_centres_by_hand():
-    centres, corners = torch.tensor([[0.5, 0.25, 0.5, 0.125]]), [[0.25, 0.1875, 0.75, 0.3125]]
-    assert to_corners(centres).tolist() == corners
-    assert to_centres(torch.tensor(corners)).tolist() == centres.tolist()
+def test_corners_and_centers_by_hand():
+    centers, corners = torch.tensor([[0.5, 0.25, 0.5, 0.125]]), [[0.25, 0.1875, 0.75, 0.3125]]
+    assert box_cxcywh_to_xyxy(centers).tolist() == corners
+    assert box_xyxy_to_cxcywh(torch.tensor(corners)).tolist() == centers.tolist()
 
 
 def test_pairwise_iou_equals_torchvision():
     generator = torch.Generator().manual_seed(0)
-    a, b = (to_corners(torch.rand(n, 4, generator=generator)) for n in (40, 70))
+    a, b = (box_cxcywh_to_xyxy(torch.rand(n, 4, generator=generator)) for n in (40, 70))
     assert_close(pairwise_iou(a, b), box_iou(a, b), rtol=1e-5, atol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_a_default_box_takes_the_object_it_overlaps_most():
     # The first two default boxes are the objects' own; the third overlaps both by more than half.
     defaults = torch.tensor([[0, 0, 1, 0.75], [0, 0, 1, 1], [0, 0, 1, 0.8125]])
     objects = [[0, 0, 1, 0.75], [0, 0, 1, 1]]
-    encoder = Encoder(to_centres(defaults))
+    encoder = Encoder(box_xyxy_to_cxcywh(defaults))
     assert encoder.encode(*tensors(objects, [1, 2]))[1].tolist() == [1, 2, 1]
     assert encoder.encode(*tensors(objects[::-1], [2, 1]))[1].tolist() == [1, 2, 1]
 
@@ -151,7 +151,7 @@ def test_decode_returns_what_encode_was_given(name, seed):
     ],
 )
 def test_nms_sees_unclipped_boxes(corners, survivors):
-    encoder = Encoder(to_centres(torch.tensor(corners)))
+    encoder = Encoder(box_xyxy_to_cxcywh(torch.tensor(corners)))
     logits = certain_logits(torch.tensor([1, 1]), 2)
     (found,) = encoder.decode(torch.zeros(1, 2, 4), logits)
     assert len(found["boxes"]) == survivors
@@ -165,7 +165,7 @@ def test_nms_takes_at_most_200_candidates_per_class():
     logits[0, :200, 1], logits[0, 200, 1], logits[0, 200, 2] = 5, 4, 3
     (found,) = Encoder(defaults).decode(torch.zeros(1, 201, 4), logits, score_threshold=0.2)
     assert found["labels"].tolist() == [1, 2]
-    assert_close(found["boxes"], to_corners(defaults[[0, 200]]))
+    assert_close(found["boxes"], box_cxcywh_to_xyxy(defaults[[0, 200]]))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -20,7 +20,7 @@ from samples import mb2_ssd_lite
 
 from src import checkpoint
 from src.boxes import Encoder, make_default_boxes
-from src.checkpoint import fine_tune_from, load_checkpoint, model_of, save_checkpoint
+from src.checkpoint import fine_tune_from, load_checkpoint, network_from, save_checkpoint
 from src.model import build_model
 from src.transform import normalize
 from src.usage import UserError
@@ -71,7 +71,7 @@ def test_round_trip(tmp_path, lite):
     loaded = load_checkpoint(path)
     assert "ssdlite" in loaded.pop("layout")
     assert same(loaded, state)
-    assert same(dict(model_of(loaded, path).state_dict()), dict(lite.state_dict()))
+    assert same(dict(network_from(loaded, path).state_dict()), dict(lite.state_dict()))
     assert os.listdir(path.parent) == ["ssdlite.pth"]
     assert torch.load(path, weights_only=True).keys() == state.keys()  # tensors and builtins
 
@@ -266,7 +266,7 @@ def test_a_cut_checkpoint_is_a_users_error_wherever_it_is_cut(tmp_path, zipped):
 def test_other_contents_are_a_users_error(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match="a.pth"):
-        model_of(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth")
+        network_from(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth")
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -285,14 +285,14 @@ def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, change
         del state["model_state_dict" if change == "no weights" else "category_ids"]
     save_checkpoint(path, state)
     with pytest.raises(UserError, match="a.pth"):
-        model_of(load_checkpoint(path), path)
+        network_from(load_checkpoint(path), path)
 
 
 def test_an_ssdlite_of_before_the_mean_is_read(tmp_path, lite):
     state, path = state_of(lite), tmp_path / "a.pth"
     del state["model_state_dict"]["backbone.mean"]
     save_checkpoint(path, state)
-    assert same(dict(model_of(load_checkpoint(path), path).state_dict()), dict(lite.state_dict()))
+    assert same(dict(network_from(load_checkpoint(path), path).state_dict()), dict(lite.state_dict()))
 
 
 # Published checkpoints: layouts as ../shared/reference/README.md describes them
@@ -319,7 +319,7 @@ def test_published_coco_checkpoints_are_read(tmp_path, coco_weights, layout, pre
     assert f"'{layout}'" in state["layout"] and "\n" not in state["layout"]
     assert state["classes"] == names and len(names) == 81
     assert list(state["category_ids"]) == list(checkpoint.COCO_CATEGORY_IDS)
-    model = model_of(state, path)
+    model = network_from(state, path)
     assert same(dict(model.state_dict()), dict(coco_weights))
 
 
@@ -358,7 +358,7 @@ def test_label_map_gives_the_classes_in_order(tmp_path):
     torch.save(state, tmp_path / "a.pth")
     loaded = load_checkpoint(tmp_path / "a.pth")
     assert loaded["classes"] == CLASSES and list(loaded["category_ids"]) == [1, 2]
-    model_of(loaded, tmp_path / "a.pth")
+    network_from(loaded, tmp_path / "a.pth")
 
 
 def test_coco_has_80_classes_with_ids_from_1_to_90():
@@ -401,7 +401,7 @@ def of_classes(mb2, num_classes):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mb2_ssd_lite_computes_what_the_reference_computes(tmp_path, mb2, seed):
     torch.save(mb2, tmp_path / "a.pth")
-    network = model_of(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth").eval().double()
+    network = network_from(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth").eval().double()
     with torch.inference_mode():
         loc, logits = network(normalize(torch.from_numpy(image(seed))[None]).double())
     reference = {
@@ -423,7 +423,7 @@ def test_mb2_ssd_lite_computes_what_the_reference_computes(tmp_path, mb2, seed):
 
 def test_mb2_ssd_lites_first_layer_sees_the_same_pixels_up_to_the_border(tmp_path, mb2):
     torch.save(mb2, tmp_path / "a.pth")
-    network = model_of(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth").eval()
+    network = network_from(load_checkpoint(tmp_path / "a.pth"), tmp_path / "a.pth").eval()
     pixels = torch.from_numpy(image(0))[None]
     with torch.inference_mode():
         ours = network.backbone.to_stride_16[0][0](normalize(pixels) - network.backbone.mean)
@@ -452,7 +452,7 @@ def test_mb2_ssd_lites_names_are_in_labels_txt_or_vocs(tmp_path, mb2, num_classe
     assert state["model"] == "ssdlite" and re.search(told, state["layout"]) and "\n" not in state["layout"]
     assert state["classes"] == ["background", *names]
     assert state["category_ids"] == list(range(1, num_classes))
-    model_of(state, tmp_path / "a.pth")
+    network_from(state, tmp_path / "a.pth")
 
 
 # What the first layers and the extra ones are called in each, from that repository's source.
@@ -517,7 +517,7 @@ def test_weights_that_do_not_fit_are_named_and_none_is_taken(lite, change):
     else:
         weights[name] = torch.ones(5, 77)
     with pytest.raises(UserError) as error:
-        checkpoint.fill(model, weights, "some.pth")
+        checkpoint.load_weights(model, weights, "some.pth")
     message = str(error.value)
     assert message.startswith("some.pth") and name in message and "\n" not in message
     assert ("(5, 77)" in message) == (change == "shape")
@@ -528,7 +528,7 @@ def test_weights_that_are_no_tensors_are_a_users_error(lite):
     weights = dict(lite.state_dict())
     weights[next(iter(weights))] = [1.0, 2.0]
     with pytest.raises(UserError, match="some.pth"):
-        checkpoint.fill(copy.deepcopy(lite), weights, "some.pth")
+        checkpoint.load_weights(copy.deepcopy(lite), weights, "some.pth")
 
 
 def marked(model):

@@ -241,10 +241,10 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(shapes_folder, encoder):
 def test_zoom_out_reaches_the_samples(tmp_path, encoder):
     small_dataset(tmp_path)
     plain, zoomed = (CocoDataset(tmp_path, "set", encoder, zoom_out=z) for z in (False, True))
-    # The image has one colour, whatever the crop and the jitter: two colours show a canvas.
-    colours = lambda image: np.ptp(image, axis=(0, 1)).max()  # noqa: E731
-    assert max(colours(plain[epoch, 0][0]) for epoch in range(12)) < 5
-    assert max(colours(zoomed[epoch, 0][0]) for epoch in range(12)) > 20
+    # The image has one color, whatever the crop and the jitter: two colors show a canvas.
+    colors = lambda image: np.ptp(image, axis=(0, 1)).max()  # noqa: E731
+    assert max(colors(plain[epoch, 0][0]) for epoch in range(12)) < 5
+    assert max(colors(zoomed[epoch, 0][0]) for epoch in range(12)) > 20
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(shapes_folder, encoder):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.testing import assert_close
 from torchvision.ops import box_iou
 
-from src.boxes import make_default_boxes, to_corners
+from src.boxes import box_cxcywh_to_xyxy, make_default_boxes
 from src.checkpoint import VOC_CLASSES
-from src.detector import Detector, fold_batch_norm, record
+from src.detector import Detector, fold_batch_norm, json_entry
 from src.images import read_image
 
 MODELS = ("ssd", "ssdlite")
@@ -38,7 +38,7 @@ def make_detector(model, name, **options):
 
 
 def pictures():
-    """Pictures of SIZES, in colours."""
+    """Pictures of SIZES, in colors."""
     return [
         np.ascontiguousarray(image(seed, max(size))[: size[0], : size[1]])
         if max(size) > 1
@@ -152,7 +152,7 @@ def test_a_default_box_comes_out_at_its_pixels(index):
     sizes = [(100, 250), (333, 40)]
     found = detector([np.zeros((*size, 3), np.uint8) for size in sizes], score_threshold=0.5)
     for one, (height, width) in zip(found, sizes, strict=True):
-        x1, y1, x2, y2 = to_corners(make_default_boxes("ssd")[index]).clamp(0, 1).tolist()
+        x1, y1, x2, y2 = box_cxcywh_to_xyxy(make_default_boxes("ssd")[index]).clamp(0, 1).tolist()
         expected = [[x1 * width, y1 * height, x2 * width, y2 * height]]
         assert_close(one["boxes"], torch.tensor(expected), rtol=0, atol=1e-3)
         assert one["labels"].tolist() == [4]
@@ -192,7 +192,7 @@ def test_a_loaded_detector_is_the_one_that_was_saved(tmp_path, models, detectors
 
 def test_record_names_labels_and_the_pictures_size():
     found = {"boxes": torch.tensor([[1.0, 2, 3, 4]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5])}
-    assert record(np.zeros((20, 30, 3), np.uint8), found, CLASSES) == {
+    assert json_entry(np.zeros((20, 30, 3), np.uint8), found, CLASSES) == {
         "width": 30,
         "height": 20,
         "detections": [{"label": "class 2", "score": 0.5, "box": [1.0, 2.0, 3.0, 4.0]}],

@@ -55,7 +55,7 @@ def shared_buffer(value):
     """Rank 0's buffer, as this process has it after sharing."""
     network = torch.nn.BatchNorm2d(1)
     network.running_mean.fill_(value)
-    distributed.share_buffers(network)
+    distributed.broadcast_buffers(network)
     return network.running_mean.item()
 
 
@@ -64,8 +64,8 @@ def test_a_lone_process_needs_no_set_up(monkeypatch):
     distributed.set_up()
     assert not torch.distributed.is_initialized()
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.total([1.5, -2.0]) == [1.5, -2.0]
-    assert distributed.gather("mine") == ["mine"]
+    assert distributed.all_reduce([1.5, -2.0]) == [1.5, -2.0]
+    assert distributed.all_gather("mine") == ["mine"]
     assert shared_buffer(7) == 7
     distributed.tear_down()
 
@@ -109,8 +109,8 @@ def use_everything():
     return {
         "rank": rank,
         "world_size": distributed.world_size(),
-        "total": distributed.total([10.0**rank, 0.1 * rank, -1e-9]),
-        "gather": distributed.gather(mine),
+        "all_reduce": distributed.all_reduce([10.0**rank, 0.1 * rank, -1e-9]),
+        "all_gather": distributed.all_gather(mine),
         "buffer": shared_buffer(rank + 5),
     }
 
@@ -119,18 +119,18 @@ def check_answers(answers, sums):
     assert [answer["rank"] for answer in answers] == list(range(len(answers)))
     for answer in answers:
         assert answer["world_size"] == len(answers)
-        assert answer["total"] == pytest.approx(sums, rel=1e-12)  # float64
+        assert answer["all_reduce"] == pytest.approx(sums, rel=1e-12)  # float64
         assert answer["buffer"] == 5
-    for gathered in [answer["gather"] for answer in answers]:
+    for gathered in [answer["all_gather"] for answer in answers]:
         assert [one["rank"] for one in gathered] == list(range(len(answers)))
         assert [one["rows"].shape for one in gathered] == [(r, 7) for r in range(len(answers))]
 
 
-def test_two_processes_total_gather_and_buffers(two):
+def test_two_processes_all_reduce_all_gather_and_buffers(two):
     check_answers(two["use_everything"], [11, 0.1, -2e-9])
 
 
-def test_three_processes_total_gather_and_buffers(three):
+def test_three_processes_all_reduce_all_gather_and_buffers(three):
     check_answers(three["use_everything"], [111, 0.3, -3e-9])
 
 
@@ -149,14 +149,14 @@ def wait_in_vain(rank, port, imported, how, lost, folder):
     begun = time.monotonic()
     try:
         with distributed.naming_the_lost():
-            distributed.meet() if how == "meet" else distributed.total([1.0])
+            distributed.barrier() if how == "barrier" else distributed.all_reduce([1.0])
     except UserError as error:
         (folder / how).write_text(f"{time.monotonic() - begun} {error}")
     finally:
         os._exit(0)
 
 
-@pytest.mark.parametrize("how, least, most", [("gone", 0, 40), ("meet", 8, 20), ("total", 16, 40)])
+@pytest.mark.parametrize("how, least, most", [("gone", 0, 40), ("barrier", 8, 20), ("all_reduce", 16, 40)])
 def test_a_process_that_does_not_come_is_named_in_time(tmp_path, how, least, most):
     seconds, message = outcome_of_waiting(tmp_path, how, lost=1)
     assert least <= seconds < most and message.startswith("no answer from rank 1 ("), message
@@ -224,11 +224,11 @@ def gradients(device="cpu"):
     torch.manual_seed(0)
     network = build_model("ssdlite", 4, pretrained_backbone=False).eval().double().to(device)
     world_size = distributed.world_size()
-    model = distributed.parallel(network)
+    model = distributed.maybe_ddp(network)
     images, loc_targets, cls_targets = (part[distributed.rank() :: world_size].to(device) for part in eight_samples())
     losses = MultiBoxLoss()(*model(images.double()), loc_targets, cls_targets)
     sum(losses).backward()
-    shared = distributed.total([sum(losses).item()])[0] / world_size
+    shared = distributed.all_reduce([sum(losses).item()])[0] / world_size
     return shared, {name: p.grad.cpu() for name, p in network.named_parameters()}  # None would hang DDP
 
 
@@ -250,14 +250,14 @@ def traffic():
     """Collectives of a training step, and what the processes then have in common."""
     torch.manual_seed(distributed.rank())
     layers = torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4)
-    model = distributed.parallel(torch.nn.Sequential(*layers)).train()
+    model = distributed.maybe_ddp(torch.nn.Sequential(*layers)).train()
     at_start = [values.clone() for values in model.module.state_dict().values()]
     for _ in range(3):  # DDP arranges its buckets in the first two
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             model(torch.randn(2, 3, 8, 8)).square().sum().backward()
     names = [event.name for event in profiler.events() if event.name.startswith("gloo:")]
     mean = model.module[1].running_mean.clone()
-    distributed.share_buffers(model.module)
+    distributed.broadcast_buffers(model.module)
     return at_start, names, [p.grad for p in model.parameters()], mean, model.module[1].running_mean
 
 

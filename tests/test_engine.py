@@ -22,11 +22,11 @@ from src.engine import (
     METRICS,
     coco_metrics,
     coco_results,
-    deal,
     evaluate,
     make_optimizer,
     metrics_table,
-    train_one_epoch,
+    split_categories,
+    train_steps,
 )
 from src.loss import MultiBoxLoss
 from src.model import build_model, freeze
@@ -130,10 +130,10 @@ def test_categories_are_dealt_by_their_detections():
     detections = np.zeros((sum(counts.values()), 7))
     detections[:, 6] = np.repeat(list(counts), list(counts.values()))
     for shares in range(1, 10):  # also more than there are categories
-        dealt = deal(counts, detections, shares)
+        dealt = split_categories(counts, detections, shares)
         assert len(dealt) == shares and sorted(sum(dealt, [])) == sorted(counts)
-    assert deal(counts, detections, 3) == [[2], [5, 3, 6], [4, 7, 1]]
-    assert [len(share) for share in deal(counts, detections[:0], 3)] == [3, 2, 2]  # nothing was found
+    assert split_categories(counts, detections, 3) == [[2], [5, 3, 6], [4, 7, 1]]
+    assert [len(share) for share in split_categories(counts, detections[:0], 3)] == [3, 2, 2]  # nothing was found
 
 
 def test_results_are_in_cocos_format():
@@ -230,7 +230,7 @@ def test_large_image_ids_survive(tmp_path):
     assert coco_results(detections)[0]["image_id"] == image_id
 
 
-# train_one_epoch
+# train_steps
 
 
 class Weight(nn.Module):
@@ -257,7 +257,7 @@ def train(model, loader, criterion, first=0, epoch=0, lr=lambda *_: 0.1, amp=Fal
     """All that an epoch yields, trained with plain SGD."""
     optimizer = torch.optim.SGD(model.parameters(), 123.0, momentum)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return train_one_epoch(model, loader, criterion, optimizer, scaler, epoch, first, lr, amp)
+    return train_steps(model, loader, criterion, optimizer, scaler, epoch, first, lr, amp)
 
 
 def logged(steps):
@@ -304,7 +304,7 @@ def test_a_groups_factor_multiplies_its_learning_rate():
     optimizer = torch.optim.SGD(groups, 123.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loader, rates = batches(10), lambda epoch, iteration: 0.1 * (iteration + 1)
-    steps = train_one_epoch(model, loader, constant_losses, optimizer, scaler, 0, 0, rates, False)  # gradients 1 and 10
+    steps = train_steps(model, loader, constant_losses, optimizer, scaler, 0, 0, rates, False)  # gradients 1 and 10
     ((_, figures),) = logged(steps)
     total = 0.1 * sum(range(1, 11))
     assert model.w.item() == pytest.approx(-0.25 * total)
@@ -321,7 +321,7 @@ def test_frozen_layers_keep_their_weights_and_statistics():
     loader = [(torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8), *targets, torch.arange(2))]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = make_optimizer(network, 0.01)
-    list(train_one_epoch(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 0.01, False))
+    list(train_steps(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 0.01, False))
     after = network.state_dict()
     for key in before:
         frozen = key.startswith(("backbone.mean", *(f"backbone.to_stride_16.{n}." for n in range(7))))
@@ -355,7 +355,7 @@ def test_every_step_has_its_own_learning_rate_and_gradient():
     assert [figures["LR"] for _, figures in steps] == pytest.approx([0.010, 0.014])
 
 
-def test_training_sets_training_mode_and_normalises():
+def test_training_sets_training_mode_and_normalizes():
     seen = []
 
     class Spy(Weight):

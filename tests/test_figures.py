@@ -50,7 +50,7 @@ def texts(ax):
 def test_the_network_s_numbers_of_boxes(figures, name, total):
     said = texts(figures.network(name, 7, np.zeros((30, 40, 3), np.uint8)).axes[0])
     constants = DEFAULT_BOXES[name]
-    for cells, per_cell in zip(constants.maps, constants.per_cell, strict=True):
+    for cells, per_cell in zip(constants.feature_maps, constants.per_cell, strict=True):
         assert f"{cells} x {cells}" in said and f"{cells**2 * per_cell:,}" in said
     assert f"= {total} boxes with scores" in said
 

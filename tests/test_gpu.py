@@ -19,7 +19,7 @@ from demo.shapes import make_dataset
 from src import distributed
 from src.boxes import Encoder, make_default_boxes
 from src.detector import Detector
-from src.engine import make_optimizer, train_one_epoch
+from src.engine import make_optimizer, train_steps
 from src.loss import MultiBoxLoss
 from src.model import build_model
 
@@ -48,7 +48,7 @@ def network_of(name, num_classes=4):
 def steps(network, name, scaler, count, amp, size=8):
     """Iterator over `count` training steps: (iteration, figures)."""
     optimizer, loader = make_optimizer(network, 1e-3), [batch(name, size)] * count
-    return train_one_epoch(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 1e-3, amp)
+    return train_steps(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 1e-3, amp)
 
 
 def losses(*args):

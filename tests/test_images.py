@@ -1,4 +1,4 @@
-"""src.images against Pillow: formats, colour modes, orientation, and files that are broken."""
+"""src.images against Pillow: formats, color modes, orientation, and files that are broken."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def test_a_progressive_jpeg_is_read(tmp_path):
     assert_same_image(read_image(path), upright_in_pillow(path))
 
 
-def test_a_palette_with_alpha_keeps_its_colours(tmp_path):
+def test_a_palette_with_alpha_keeps_its_colors(tmp_path):
     image = Image.new("P", (4, 2))
     image.putpalette([10, 20, 30, 200, 100, 50, 0, 255, 0])
     image.putdata([0, 0, 1, 1, 2, 2, 1, 0])
@@ -104,8 +104,8 @@ def test_levels_beyond_8_bits_and_floats_are_scaled_not_clipped(tmp_path, name, 
     np.testing.assert_allclose(ours[..., 0], 255 * expected, atol=1.01)
 
 
-def grey_tiff(file, bits, photometric, row):
-    """Write a grey TIFF of one row of `bits` per pixel, by hand: neither OpenCV nor Pillow writes such ones."""
+def gray_tiff(file, bits, photometric, row):
+    """Write a gray TIFF of one row of `bits` per pixel, by hand: neither OpenCV nor Pillow writes such ones."""
     text = "".join(f"{level:0{bits}b}" for level in row)
     data = bytes(int(text[k : k + 8], 2) for k in range(0, len(text), 8))
     data = np.array(row, "<u2").tobytes() if bits == 16 else data
@@ -120,10 +120,10 @@ def grey_tiff(file, bits, photometric, row):
 )  # fmt: skip
 def test_a_tiff_says_what_white_is(tmp_path, bits, white, white_is_zero):
     row = [0, white // 4, white // 2, white]
-    grey_tiff(tmp_path / "a.tif", bits, 0 if white_is_zero else 1, row)
-    grey = read_image(tmp_path / "a.tif")[0, :, 0].astype(int)
+    gray_tiff(tmp_path / "a.tif", bits, 0 if white_is_zero else 1, row)
+    gray = read_image(tmp_path / "a.tif")[0, :, 0].astype(int)
     expected = [255, 191, 128, 0] if white_is_zero else [0, 63, 127, 255]
-    np.testing.assert_allclose(grey, expected, atol=1)
+    np.testing.assert_allclose(gray, expected, atol=1)
 
 
 def test_the_level_for_no_data_does_not_stretch_the_others(tmp_path):
@@ -141,7 +141,7 @@ def test_sixteen_bits_are_turned_upright(tmp_path):
 
 
 def test_an_animated_gif_is_read_as_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     ours = read_image(tmp_path / "a.gif")
     assert ours.shape == (10, 20, 3) and (ours == (255, 0, 0)).all()

@@ -19,7 +19,7 @@ from src.loss import MultiBoxLoss
 from src.model import build_model, freeze
 
 REFERENCE = Path(__file__).parent / "reference"
-# Cells along each side of each map, default boxes per cell, and distance of neighbouring cells in pixels.
+# Cells along each side of each map, default boxes per cell, and distance of neighboring cells in pixels.
 MAPS = {
     "ssd": ((38, 19, 10, 5, 3, 1), (4, 6, 6, 6, 4, 4), (8, 16, 32, 64, 100, 300)),
     "ssdlite": ((19, 10, 5, 3, 2, 1), (6,) * 6, (16, 32, 64, 100, 150, 300)),
@@ -62,7 +62,7 @@ class ChannelRowColumn(nn.Module):
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_lie_at_their_default_boxes(name):
     # reference/README.md: channel = coordinate * k + box (or class * k + box), and default boxes
-    # run shape-major, then row, then column. A box's cell is told by its centre.
+    # run shape-major, then row, then column. A box's cell is told by its center.
     model = build_model(name, 3, pretrained_backbone=False).eval()
     for head, k in enumerate(MAPS[name][1]):
         model.loc[head], model.conf[head] = ChannelRowColumn(4 * k), ChannelRowColumn(3 * k)

@@ -17,7 +17,7 @@ OBJECTS = {"a": [("dog", 10, 20, 110, 80), ("cat", 0, 0, 50, 50)], "b": [("cat",
 
 
 def write_yolo(folder):
-    """Labels as YOLO has them: class number, centre and size relative to the image."""
+    """Labels as YOLO has them: class number, center and size relative to the image."""
     folder.mkdir()
     (folder.parents[1] / "names.txt").write_text("cat\ndog\n")
     for name, objects in OBJECTS.items():

@@ -34,7 +34,7 @@ from src.dataset import CocoDataset, TrainSampler
 from src.engine import METRICS
 from src.images import read_image
 from src.model import build_model
-from src.visualize import class_colour
+from src.visualize import class_color
 
 SMALL = ["--no-pretrained-backbone", "--batch-size", "4", "--num-workers", "0"]
 
@@ -93,7 +93,7 @@ def test_the_log_shows_images_with_predictions_beside_the_truth(shapes, trained)
         for box, label in zip(*data.objects(n), strict=True):
             _, top, right, bottom = (300 * box).round().astype(int)
             edge = truth[top : bottom + 1, min(right, 299)].astype(int)
-            near = abs(edge - class_colour(label)).max(axis=1) < 2  # but where a label covers it
+            near = abs(edge - class_color(label)).max(axis=1) < 2  # but where a label covers it
             assert near.mean() > 0.5
             boxes += 1
     assert boxes > 3
@@ -311,16 +311,16 @@ def test_packets_without_a_time_of_their_own_do_not_change_the_rate(detect, tmp_
     assert len(frames) >= 55 and rate == pytest.approx(25)
 
 
-def test_an_animation_of_odd_size_has_its_frames_and_colours(detect, tmp_path):
+def test_an_animation_of_odd_size_has_its_frames_and_colors(detect, tmp_path):
     durations = [100, 100, 700, 40, 40, 40, 200, 180]  # ms
-    colours = [(30 * n, 255 - 30 * n, 90) for n in range(len(durations))]
-    first, *others = (Image.new("RGB", (321, 241), colour) for colour in colours)
+    colors = [(30 * n, 255 - 30 * n, 90) for n in range(len(durations))]
+    first, *others = (Image.new("RGB", (321, 241), color) for color in colors)
     first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=durations)
     frames, rate = detect(tmp_path / "a.gif")
     assert len(frames) == 8 and frames[0].shape[:2] == (242, 322)
     assert len(frames) / rate == pytest.approx(sum(durations) / 1000, abs=1 / rate)
-    for frame, colour in zip(frames, colours, strict=True):
-        assert abs(frame[120, 160, ::-1] - colour).max() < 12
+    for frame, color in zip(frames, colors, strict=True):
+        assert abs(frame[120, 160, ::-1] - color).max() < 12
 
 
 def test_a_rotated_clip_is_shown_upright(detect, tmp_path):

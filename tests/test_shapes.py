@@ -145,7 +145,7 @@ def test_visible_parts_do_not_overlap(coco):
 
 
 def test_a_painter_sees_what_is_annotated():
-    """Nothing visible is unlabelled, each object shows a quarter, masks are those of the paint."""
+    """Nothing visible is unlabeled, each object shows a quarter, masks are those of the paint."""
     for seed in range(16):
         kind = "crowd" if seed % 8 == 0 else "objects"
         width, height, items, _ = shapes.layout(np.random.default_rng(seed), kind)

@@ -27,7 +27,7 @@ from src.engine import METRICS, make_optimizer
 from src.images import read_image
 from src.model import build_model
 from src.transform import resize
-from src.visualize import class_colour
+from src.visualize import class_color
 
 SHARED = Path(__file__).parents[2] / "shared"
 SHAPES = Path(__file__).parents[1] / "demo" / "ssdlite_shapes.pth"
@@ -218,7 +218,7 @@ def spied_main(rank, world_size, port, options, maps, file):
     torch.set_num_threads(1)
     seen, results = [], iter(maps)
 
-    def train_one_epoch(model, loader, _, optimizer, scaler, epoch, first, learning_rate, amp):
+    def train_steps(model, loader, _, optimizer, scaler, epoch, first, learning_rate, amp):
         for buffer in model.buffers():  # as if this process had seen pictures of its own
             buffer.fill_(distributed.rank() + 1)
         ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
@@ -238,7 +238,7 @@ def spied_main(rank, world_size, port, options, maps, file):
         seen[-1]["nms_threshold"] = nms_threshold
         return dict.fromkeys(METRICS, next(results)), None
 
-    train.train_one_epoch, train.Detector, train.evaluate = train_one_epoch, detector, evaluate
+    train.train_steps, train.Detector, train.evaluate = train_steps, detector, evaluate
     train.write_images = lambda *_: None
     sys.argv = ["train.py", *options]
     train.main()
@@ -322,7 +322,7 @@ class OneCup:
         return np.array([[0.2, 0.2, 0.8, 0.8]], np.float32), np.array([1])
 
 
-def test_truth_of_a_set_with_fewer_categories_has_their_colours():
+def test_truth_of_a_set_with_fewer_categories_has_their_colors():
     drawn = []
     log = SimpleNamespace(add_image=lambda tag, image, *_, **__: drawn.append(image))
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
@@ -334,7 +334,7 @@ def test_truth_of_a_set_with_fewer_categories_has_their_colours():
     )
     train.write_images(log, detector, OneCup(), 0)
     edge = drawn[0][61:240, 300 + 240]  # the right edge of the box, in the right half
-    assert (edge == class_colour(3)).all(axis=1).mean() > 0.9
+    assert (edge == class_color(3)).all(axis=1).mean() > 0.9
 
 
 def test_main_leaves_amp_and_zoom_out_off(run_main):

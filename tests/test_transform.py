@@ -43,11 +43,11 @@ def test_a_crop_of_a_tiny_image_has_pixels_and_an_object():
 
 @pytest.mark.parametrize("zoom_out", [False, True])
 def test_boxes_stay_with_their_pixels(no_jitter, zoom_out):
-    colours = np.uint8([(255, 0, 0), (0, 255, 0), (0, 0, 255)])
+    colors = np.uint8([(255, 0, 0), (0, 255, 0), (0, 0, 255)])
     pixels = np.array([(20, 30, 80, 90), (110, 15, 180, 75), (90, 100, 150, 140)])
     image = np.zeros((150, 200, 3), np.uint8)
-    for (x1, y1, x2, y2), colour in zip(pixels, colours, strict=True):
-        image[y1:y2, x1:x2] = colour
+    for (x1, y1, x2, y2), color in zip(pixels, colors, strict=True):
+        image[y1:y2, x1:x2] = color
     boxes = (pixels / (200, 150, 200, 150)).astype(np.float32)
     seen, areas = set(), []
     for seed in range(1000):
@@ -121,7 +121,7 @@ def test_the_generator_alone_decides_what_a_sample_becomes():
     assert not np.array_equal(first[0], other[0])
 
 
-# Colours
+# Colors
 
 
 class Recorder:
@@ -140,12 +140,12 @@ class Recorder:
         return self.order
 
 
-def test_colours_are_those_of_torchvision():
+def test_colors_are_those_of_torchvision():
     steps = F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue
     image, differences, orders = scene(), [], set()
     for seed in range(100):
         rng = Recorder(seed)
-        ours = transform.jitter_colours(image, rng)
+        ours = transform.jitter_colors(image, rng)
         expected = torch.from_numpy(image).permute(2, 0, 1)
         for step in rng.order:
             expected = steps[step](expected, rng.factors[step])
@@ -156,22 +156,22 @@ def test_colours_are_those_of_torchvision():
     assert np.mean(differences) < 2 and max(differences) < 6, max(differences)
 
 
-def test_augmentation_ends_with_other_colours():
-    grey, none = np.full((8, 8, 3), 128, np.uint8), np.zeros((0, 4), np.float32)
+def test_augmentation_ends_with_other_colors():
+    gray, none = np.full((8, 8, 3), 128, np.uint8), np.zeros((0, 4), np.float32)
     levels = set()
     for seed in range(50):
-        out, _, _ = transform.augment(grey, none, np.zeros(0, int), np.random.default_rng(seed), 300)
+        out, _, _ = transform.augment(gray, none, np.zeros(0, int), np.random.default_rng(seed), 300)
         levels.add(int(out[0, 0, 0]))
     assert len(levels) > 20  # brightness alone moves 128 by up to 16
 
 
-def test_colour_factors_are_distributed_as_torchvisions():
+def test_color_factors_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     ranges = [(0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05)]
     pixel, ours, theirs = np.zeros((1, 1, 3), np.uint8), [], []
     for seed in range(20_000):
         rng = Recorder(seed)
-        transform.jitter_colours(pixel, rng)
+        transform.jitter_colors(pixel, rng)
         ours.append([*rng.factors, 4 * rng.order[0] + rng.order[1]])
         order, *factors = transforms.ColorJitter.get_params(*ranges)
         theirs.append([*factors, 4 * int(order[0]) + int(order[1])])
@@ -181,15 +181,15 @@ def test_colour_factors_are_distributed_as_torchvisions():
         assert distance < limit, (name, distance, limit)
 
 
-def test_colour_factors_cover_the_published_ranges():
-    # Found in the pixels, with no knowledge of how they are drawn. A grey image is changed by
+def test_color_factors_cover_the_published_ranges():
+    # Found in the pixels, with no knowledge of how they are drawn. A gray image is changed by
     # brightness and contrast only, chroma (max - min) by these two and saturation, hue by hue.
-    grey, colour = np.full((2, 2, 3), 96, np.uint8), np.full((1, 1, 3), (170, 70, 70), np.uint8)
-    grey[1] = 160
+    gray, color = np.full((2, 2, 3), 96, np.uint8), np.full((1, 1, 3), (170, 70, 70), np.uint8)
+    gray[1] = 160
     found = []
     for seed in range(600):
-        low, high = transform.jitter_colours(grey, np.random.default_rng(seed))[:, 0, 0].astype(float)
-        out = transform.jitter_colours(colour, np.random.default_rng(seed))[0, 0] / 255
+        low, high = transform.jitter_colors(gray, np.random.default_rng(seed))[:, 0, 0].astype(float)
+        out = transform.jitter_colors(color, np.random.default_rng(seed))[0, 0] / 255
         turn, _, _ = colorsys.rgb_to_hsv(*out)
         brightness = (low + high) / 256
         both = (high - low) / 64  # brightness and contrast
@@ -205,7 +205,7 @@ def test_colour_factors_cover_the_published_ranges():
         assert values.std() == pytest.approx(spread, rel=0.1), name  # uniform
 
 
-# Resize and normalise
+# Resize and normalize
 
 
 @pytest.mark.parametrize("height, width", [(600, 900), (480, 640), (120, 70), (300, 300), (1, 1)])

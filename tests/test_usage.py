@@ -79,7 +79,7 @@ def test_the_bounds_are_told(capsys):
 
 
 def test_unknown_option_and_missing_value_take_one_line(capsys):
-    assert "--colour" in refused(["--colour", "red"], capsys)
+    assert "--color" in refused(["--color", "red"], capsys)
     assert "--save-folder" in refused(["--save_folder"], capsys)
 
 
@@ -200,13 +200,13 @@ def test_scripts_find_their_modules_without_their_folder_on_the_path():
     assert len(said) == len(scripts) >= 5 and set(said) <= {"torch", "cv2"}
 
 
-# make_writable, prepare_outputs
+# check_writable, prepare_outputs
 
 
 def test_make_writable_makes_the_folder_and_no_file(tmp_path):
-    usage.make_writable("--output", tmp_path / "new" / "a.json")
-    usage.make_writable("--output", str(tmp_path / "b.json"))
-    usage.make_writable("--output", tmp_path / "new" / "several" / "levels" / "deep" / "c.json")
+    usage.check_writable("--output", tmp_path / "new" / "a.json")
+    usage.check_writable("--output", str(tmp_path / "b.json"))
+    usage.check_writable("--output", tmp_path / "new" / "several" / "levels" / "deep" / "c.json")
     assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["several"]
     assert os.listdir(tmp_path / "new" / "several" / "levels" / "deep") == []
 
@@ -230,7 +230,7 @@ def test_outputs_are_apart_from_one_another_and_from_inputs(tmp_path, monkeypatc
 
 def test_make_writable_keeps_an_old_file(tmp_path):
     (tmp_path / "a.json").write_text("old")
-    usage.make_writable("--output", tmp_path / "a.json")
+    usage.check_writable("--output", tmp_path / "a.json")
     assert (tmp_path / "a.json").read_text() == "old"
 
 
@@ -239,10 +239,10 @@ def test_make_writable_refuses_what_cannot_be_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for path in ("folder", "file/a.json", "file/deeper/a.json", "x" * 300 + "/a.json"):
         with pytest.raises(UserError) as error:
-            usage.make_writable("--json", tmp_path / path)
+            usage.check_writable("--json", tmp_path / path)
         assert str(error.value).startswith(f"--json {tmp_path / path}")
     with pytest.raises(UserError, match="is a folder"):
-        usage.make_writable("--json", f"{tmp_path}/new/")
+        usage.check_writable("--json", f"{tmp_path}/new/")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
@@ -255,7 +255,7 @@ def test_make_writable_refuses_what_is_read_only(tmp_path):
     try:
         for name in ("a.json", "b.json", "new/c.json"):
             with pytest.raises(UserError, match=name):
-                usage.make_writable("--json", tmp_path / name)
+                usage.check_writable("--json", tmp_path / name)
     finally:
         tmp_path.chmod(0o700)
 

@@ -1,16 +1,16 @@
-"""src.visualize: what is drawn, where, in which colour."""
+"""src.visualize: what is drawn, where, in which color."""
 
 import numpy as np
 import pytest
 
-from src.visualize import class_colour, draw_detections
+from src.visualize import class_color, draw_detections
 
-GREY = 100
+GRAY = 100
 CLASSES = ["background", "dog", "cat", "traffic light"]
 
 
 def canvas(height=200, width=300):
-    return np.full((height, width, 3), GREY, np.uint8)
+    return np.full((height, width, 3), GRAY, np.uint8)
 
 
 def draw(boxes, labels, scores=None, classes=CLASSES, size=(200, 300)):
@@ -19,12 +19,12 @@ def draw(boxes, labels, scores=None, classes=CLASSES, size=(200, 300)):
 
 def changed(picture):
     """Where a drawn picture differs from the empty canvas, (H, W) bool."""
-    return (picture != GREY).any(axis=2)
+    return (picture != GRAY).any(axis=2)
 
 
 def ink(picture, label):
-    """Where type is: pixels neither of the canvas nor of the class's colour (its edges, too)."""
-    return changed(picture) & (picture != class_colour(label)).any(axis=2)
+    """Where type is: pixels neither of the canvas nor of the class's color (its edges, too)."""
+    return changed(picture) & (picture != class_color(label)).any(axis=2)
 
 
 def test_no_detections_leave_the_picture_as_it_is():
@@ -36,7 +36,7 @@ def test_the_input_is_not_modified():
     image = canvas()
     image.flags.writeable = False
     out = draw_detections(image, np.float32([[20, 50, 90, 120]]), [1], [0.5], CLASSES)
-    assert (image == GREY).all() and changed(out).any()
+    assert (image == GRAY).all() and changed(out).any()
     assert out.shape == image.shape and out.dtype == np.uint8
     mirrored = draw_detections(image[:, ::-1], [[20, 50, 90, 120]], [1], [0.5], CLASSES)
     assert np.array_equal(mirrored, out)
@@ -51,22 +51,22 @@ def test_only_the_edges_of_boxes_and_their_labels_change():
     assert not (touched & ~frame).any()
 
 
-def test_edges_carry_the_classs_colour():
+def test_edges_carry_the_classs_color():
     for label in (1, 2, 3):
         out = draw([[100, 100, 200, 160]], [label])
         for edge in (out[160, 100:201], out[100:161, 100], out[100:161, 200]):
-            assert (edge == class_colour(label)).all()
-        assert (out[100, 180:201] == class_colour(label)).all()
+            assert (edge == class_color(label)).all()
+        assert (out[100, 180:201] == class_color(label)).all()
 
 
-def test_colours_tell_classes_apart():
-    colours = np.array([class_colour(label) for label in range(1, 91)])
-    assert colours.min() >= 0 and colours.max() <= 255
-    distance = np.abs(colours[:, None] - colours).sum(axis=2) + 1000 * np.eye(len(colours))
+def test_colors_tell_classes_apart():
+    colors = np.array([class_color(label) for label in range(1, 91)])
+    assert colors.min() >= 0 and colors.max() <= 255
+    distance = np.abs(colors[:, None] - colors).sum(axis=2) + 1000 * np.eye(len(colors))
     assert distance.min() > 0  # COCO's labels, all different
-    assert np.diag(distance, 1).min() > 100  # neighbours far apart
+    assert np.diag(distance, 1).min() > 100  # neighbors far apart
     assert np.diag(distance, 2).min() > 60
-    assert class_colour(7) == class_colour(7)
+    assert class_color(7) == class_color(7)
 
 
 def test_each_detection_has_its_own_class_and_score():
@@ -88,7 +88,7 @@ def test_without_scores_only_names_are_written():
 def test_the_best_detection_is_drawn_on_top():
     boxes = [[50, 50, 150, 150]] * 2
     out = draw(boxes, [1, 2], [0.9, 0.2])
-    assert (out[150, 50:151] == class_colour(1)).all()
+    assert (out[150, 50:151] == class_color(1)).all()
 
 
 def borders(height, width, side):
@@ -125,8 +125,8 @@ def test_labels_do_not_cover_one_another(boxes):
     labels = [1, 2, 3]
     alone = sum(ink(draw([box], [k]), k).sum() for box, k in zip(boxes, labels, strict=True))
     out = draw(boxes, labels)
-    colours = [(out == class_colour(label)).all(axis=2) for label in labels]
-    assert (changed(out) & ~np.any(colours, axis=0)).sum() == alone
+    colors = [(out == class_color(label)).all(axis=2) for label in labels]
+    assert (changed(out) & ~np.any(colors, axis=0)).sum() == alone
 
 
 def test_labels_without_room_stay_in_the_picture():
@@ -155,7 +155,7 @@ def test_lines_and_type_scale_with_the_picture():
         size = (300 * scale, 300 * scale)
         out = draw([np.float32([60, 150, 240, 270]) * scale], [1], None, CLASSES, size)
         rows = ink(out, 1).any(axis=1)
-        line = (out[:, 200 * scale] == class_colour(1)).all(axis=1)
+        line = (out[:, 200 * scale] == class_color(1)).all(axis=1)
         heights.append((rows.sum(), line[200 * scale :].sum()))
     (small_type, small_line), (large_type, large_line) = heights
     assert 3 * small_type < large_type < 5 * small_type
@@ -178,9 +178,9 @@ def test_half_a_character_is_drawn_as_a_question_mark():
         assert np.array_equal(draw(box, [1], None, ["", name]), draw(box, [1], None, ["", "Caf?"]))
 
 
-def luminance(colour):
+def luminance(color):
     """Relative luminance of WCAG 2.1, of sRGB (R, G, B) in 0-255."""
-    part = np.float64(colour) / 255
+    part = np.float64(color) / 255
     part = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
     return part @ (0.2126, 0.7152, 0.0722)
 
@@ -188,7 +188,7 @@ def luminance(colour):
 def test_type_can_be_read_on_its_plate():
     for label in range(1, 91):
         out = draw([[5, 100, 590, 590]], [label], None, [""] * label + ["III"], (600, 600))
-        plate = luminance(class_colour(label))
+        plate = luminance(class_color(label))
         inks = luminance(out[ink(out, label)])
         contrast = (np.maximum(inks, plate) + 0.05) / (np.minimum(inks, plate) + 0.05)
         assert contrast.max() > 2, label
@@ -200,4 +200,4 @@ def test_boxes_may_be_tensors_or_arrays_or_lists():
     expected = draw(boxes, labels, scores)
     tensors = [torch.tensor(values) for values in (boxes, labels, scores)]
     assert np.array_equal(draw_detections(canvas(), *tensors, CLASSES), expected)
-    assert (expected[100, 180:200] == class_colour(1)).all()  # rounded, not cut off
+    assert (expected[100, 180:200] == class_color(1)).all()  # rounded, not cut off

@@ -45,11 +45,19 @@ from torchvision.transforms.functional import to_tensor
 
 from demo import shapes
 from src.annotations import annotation_file, as_coco, ground_truth
-from src.boxes import Encoder, make_default_boxes, to_corners
+from src.boxes import Encoder, box_cxcywh_to_xyxy, make_default_boxes
 from src.checkpoint import save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
-from src.engine import coco_metrics, coco_results, deal, evaluate, judge, make_optimizer, train_one_epoch
+from src.engine import (
+    coco_metrics,
+    coco_results,
+    evaluate,
+    evaluate_categories,
+    make_optimizer,
+    split_categories,
+    train_steps,
+)
 from src.images import read_image
 from src.loss import MultiBoxLoss
 from src.model import build_model
@@ -58,7 +66,7 @@ from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, normalize, resiz
 CLASSES = 81  # COCO's 80 and background
 NAMES, IDS = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
 PLAIN_PIXELS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-PLAIN_COLOURS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
+PLAIN_COLORS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
 
 
 def parse_args():
@@ -77,21 +85,21 @@ def parse_args():
 
 def plain_encode(default_boxes, boxes, labels):
     """Targets of objects, with the whole (D, G) table of overlaps."""
-    overlaps = box_iou(to_corners(default_boxes), boxes)
+    overlaps = box_iou(box_cxcywh_to_xyxy(default_boxes), boxes)
     best, matched = overlaps.max(dim=1)
     for g, d in enumerate(overlaps.argmax(dim=0)):
         matched[d], best[d] = g, 1.0
     objects = boxes[matched]
-    centres, sizes = (objects[:, :2] + objects[:, 2:]) / 2, objects[:, 2:] - objects[:, :2]
+    centers, sizes = (objects[:, :2] + objects[:, 2:]) / 2, objects[:, 2:] - objects[:, :2]
     loc = torch.cat(
-        [(centres - default_boxes[:, :2]) / default_boxes[:, 2:] / 0.1, (sizes / default_boxes[:, 2:]).log() / 0.2],
+        [(centers - default_boxes[:, :2]) / default_boxes[:, 2:] / 0.1, (sizes / default_boxes[:, 2:]).log() / 0.2],
         dim=1,
     )
     return loc, labels[matched] * (best > 0.5)
 
 
 def plain_sample(path, boxes, labels, default_boxes, rng):
-    """Read, crop, flip, resize, colours, tensor, encode."""
+    """Read, crop, flip, resize, colors, tensor, encode."""
     image = Image.open(path).convert("RGB")
     patch = sample_patch(boxes, rng)
     if patch is not None:
@@ -103,7 +111,7 @@ def plain_sample(path, boxes, labels, default_boxes, rng):
         boxes, labels = ((boxes[inside] - origin) / side).clip(0, 1), labels[inside]
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    image = PLAIN_COLOURS(image.resize((300, 300), Image.Resampling.BILINEAR))
+    image = PLAIN_COLORS(image.resize((300, 300), Image.Resampling.BILINEAR))
     boxes, labels = torch.tensor(boxes, dtype=torch.float32), torch.tensor(labels)
     return PLAIN_PIXELS(image), *plain_encode(default_boxes, boxes, labels)
 
@@ -121,9 +129,9 @@ def plain_decode(default_boxes, loc, cls_logits):
     """Detections of a batch, image by image and class by class."""
     found = []
     for offsets, scores in zip(loc, cls_logits.softmax(dim=2), strict=True):
-        centres = default_boxes[:, :2] + offsets[:, :2] * 0.1 * default_boxes[:, 2:]
+        centers = default_boxes[:, :2] + offsets[:, :2] * 0.1 * default_boxes[:, 2:]
         sizes = default_boxes[:, 2:] * (offsets[:, 2:] * 0.2).exp()
-        boxes = to_corners(torch.cat([centres, sizes], dim=1))
+        boxes = box_cxcywh_to_xyxy(torch.cat([centers, sizes], dim=1))
         rows = [torch.zeros(0, 6)]
         for label in range(1, scores.shape[1]):
             candidates = (scores[:, label] > 0.01).nonzero()[:, 0]
@@ -200,8 +208,8 @@ def scores_like(objects):
     logits = torch.randn(1, len(default_boxes), CLASSES, generator=generator)
     logits[..., 0] += 11
     for n in range(objects):  # each is seen by the default boxes about it, some of them surely
-        centre = torch.rand(2, generator=generator)
-        near = (default_boxes[:, :2] - centre).norm(dim=1) < 0.06
+        center = torch.rand(2, generator=generator)
+        near = (default_boxes[:, :2] - center).norm(dim=1) < 0.06
         logits[0, near, 1 + n % (CLASSES - 1)] += 6 + 4 * torch.rand(int(near.sum()), generator=generator)
     return loc, logits
 
@@ -330,7 +338,7 @@ def training_step(args, device, name, layout=torch.channels_last):
     loader, criterion = [batch_of(name)], MultiBoxLoss()
 
     def step():
-        epoch = train_one_epoch(network, loader, criterion, optimizer, scaler, 0, 0, lambda *_: 1e-4, args.amp)
+        epoch = train_steps(network, loader, criterion, optimizer, scaler, 0, 0, lambda *_: 1e-4, args.amp)
         cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # as train.py has it
         with cudnn, contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             list(epoch)
@@ -580,10 +588,10 @@ def judging():
 
     def cpu_seconds(share):  # it computes in one thread; what else runs does not count
         start = time.process_time()
-        judge(truth, detections, share)
+        evaluate_categories(truth, detections, share)
         return time.process_time() - start
 
-    slowest, alone = max(map(cpu_seconds, deal(categories, detections, 8))), cpu_seconds(categories)
+    slowest, alone = max(map(cpu_seconds, split_categories(categories, detections, 8))), cpu_seconds(categories)
     print(f"\nval2017: pycocotools alone {alone:.1f} s, the slowest of eight shares {slowest:.1f} s", end="")
     print(f", ratio {alone / slowest:.1f}", flush=True)
 

@@ -2,7 +2,7 @@
 
 Each image is sampled by one of seven options: the whole image; a patch whose minimum jaccard overlap (IoU) with the
 objects is 0.1, 0.3, 0.5, 0.7 or 0.9; any patch. Its size is 0.1 to 1 of the image's, its aspect ratio 1/2 to 2.
-Objects whose centre is inside are kept. Half of the images are flipped.
+Objects whose center is inside are kept. Half of the images are flipped.
 """
 
 import math
@@ -79,14 +79,14 @@ def statistics(patches):
 @pytest.mark.parametrize("objects", [ONE_OBJECT, THREE_OBJECTS], ids=["one object", "three objects"])
 def test_patches_are_distributed_as_in_the_section_in_plain_python(objects):
     rng, source, boxes = np.random.default_rng(1), random.Random(2), np.float32(objects)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     ours, plain = [], [plain_crop(objects, source) for _ in range(20_000)]
     for _ in range(20_000):
         patch = transform.sample_patch(boxes, rng)
         if patch is None:
             ours.append((None, len(objects)))
         else:
-            inside = (centres > patch[:2]).all(1) & (centres < patch[2:]).all(1)
+            inside = (centers > patch[:2]).all(1) & (centers < patch[2:]).all(1)
             ours.append((patch.tolist(), int(inside.sum())))
     ours, plain = statistics(ours), statistics(plain)
     for name, values in ours.items():
@@ -94,7 +94,7 @@ def test_patches_are_distributed_as_in_the_section_in_plain_python(objects):
         assert distance < limit, (name, distance, limit)
 
 
-def test_an_object_is_kept_if_its_centre_is_inside_the_patch_and_clipped_to_it(monkeypatch):
+def test_an_object_is_kept_if_its_center_is_inside_the_patch_and_clipped_to_it(monkeypatch):
     # The patch is 20..60 x 20..80 of an image of 100 x 100; the objects are worked out by hand.
     monkeypatch.setattr(transform, "sample_patch", lambda *_: np.array([0.2, 0.2, 0.6, 0.8]))
     boxes = np.float32([(0.3, 0.3, 0.5, 0.5), (0.5, 0.1, 0.65, 0.5), (0.55, 0.5, 0.75, 0.7), (0, 0, 0.1, 0.1)])

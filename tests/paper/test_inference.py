@@ -11,7 +11,7 @@ import torch
 from samples import certain_logits
 from torch.testing import assert_close
 
-from src.boxes import Encoder, to_centres
+from src.boxes import Encoder, box_xyxy_to_cxcywh
 
 
 def test_only_scores_above_0_01_count():
@@ -24,7 +24,7 @@ def test_only_scores_above_0_01_count():
 
 @pytest.mark.parametrize("nms_threshold, survivors", [(0.5, 2), (0.49, 1)])
 def test_nms_removes_a_box_whose_iou_with_a_better_one_exceeds_the_threshold(nms_threshold, survivors):
-    encoder = Encoder(to_centres(torch.tensor([[0, 0, 0.5, 0.5], [0, 0, 0.5, 1]])))  # IoU 1/2
+    encoder = Encoder(box_xyxy_to_cxcywh(torch.tensor([[0, 0, 0.5, 0.5], [0, 0, 0.5, 1]])))  # IoU 1/2
     logits = certain_logits(torch.tensor([1, 1]), 2)
     (found,) = encoder.decode(torch.zeros(1, 2, 4), logits, nms_threshold=nms_threshold)
     assert len(found["boxes"]) == survivors
@@ -39,8 +39,8 @@ def test_nms_treats_each_class_on_its_own():
 
 def test_the_best_200_detections_of_an_image_are_kept():
     cells = torch.arange(400)
-    centres = torch.stack([(cells % 20 + 0.5) / 20, (cells // 20 + 0.5) / 20], dim=1)
-    encoder = Encoder(torch.cat([centres, torch.full((400, 2), 0.04)], dim=1))
+    centers = torch.stack([(cells % 20 + 0.5) / 20, (cells // 20 + 0.5) / 20], dim=1)
+    encoder = Encoder(torch.cat([centers, torch.full((400, 2), 0.04)], dim=1))
     logits = torch.randn(1, 400, 3, generator=torch.Generator().manual_seed(2))
     (found,) = encoder.decode(torch.zeros(1, 400, 4), logits)
     best = logits[0].softmax(dim=1)[:, 1:].flatten().sort(descending=True).values[:200]
@@ -83,8 +83,8 @@ def python_decode(defaults, loc, logits, score_threshold, nms_threshold):
 @pytest.mark.parametrize("score_threshold, nms_threshold", [(0, 0.5), (0.01, 0.45), (0.1, 0.3), (0.5, 0.5), (0.2, 0.9)])
 def test_detections_are_those_of_the_section_in_plain_python(score_threshold, nms_threshold):
     generator = torch.Generator().manual_seed(1)
-    centres, sizes = torch.rand(2, 400, 2, generator=generator)
-    defaults = torch.cat([centres, 0.05 + 0.4 * sizes], dim=1)
+    centers, sizes = torch.rand(2, 400, 2, generator=generator)
+    defaults = torch.cat([centers, 0.05 + 0.4 * sizes], dim=1)
     loc = torch.randn(1, 400, 4, generator=generator)
     logits = 2 * torch.randn(1, 400, 5, generator=generator)
     (found,) = Encoder(defaults).decode(loc, logits, score_threshold, nms_threshold)

@@ -11,7 +11,7 @@ from src.loss import MultiBoxLoss
 
 
 def test_location_targets_are_the_offsets_of_equation_2():
-    # Centre moved by (0.01, -0.02), sizes 5/4 and 3/4 of the default box. The paper's code divides the offsets by
+    # Center moved by (0.01, -0.02), sizes 5/4 and 3/4 of the default box. The paper's code divides the offsets by
     # variances of 0.1 and 0.2, which eq. 2 does not have.
     encoder = Encoder(torch.tensor([[0.5, 0.5, 0.2, 0.4]]))
     loc, cls = encoder.encode(*tensors([[0.385, 0.33, 0.635, 0.63]], [7]))

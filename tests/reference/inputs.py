@@ -17,9 +17,9 @@ def ground_truth(seed, num_classes=81):
     """
     rng = np.random.default_rng([1, seed])
     count = int(rng.integers(1, 25))
-    centre = rng.uniform(0.02, 0.98, (count, 2))
+    center = rng.uniform(0.02, 0.98, (count, 2))
     size = np.exp(rng.uniform(np.log(0.01), np.log(0.95), (count, 2)))
-    boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1).clip(0, 1)
+    boxes = np.concatenate([center - size / 2, center + size / 2], axis=1).clip(0, 1)
     boxes = boxes[((boxes[:, 2:] - boxes[:, :2]) > 0.004).all(axis=1)]
     if seed % 4 == 0 and len(boxes) > 1:
         boxes[1] = boxes[0] + 0.001
@@ -81,7 +81,7 @@ def lite_weights(shapes):
 
 
 def image(seed, size=300):
-    """A smooth colourful picture (size, size, 3) uint8 RGB; at 300 it needs no resampling."""
+    """A smooth colorful picture (size, size, 3) uint8 RGB; at 300 it needs no resampling."""
     rng = np.random.default_rng([3, seed])
     y, x = np.mgrid[0:size, 0:size] / size
     planes = []
