@@ -730,7 +730,7 @@ def test_a_mistake_takes_one_line_and_status_2(shapes, trained, tmp_path, monkey
             "test_dataset.py",
             "data-path val-set pretrained-model cls-threshold nms-threshold batch-size num-workers amp output",
         ),
-        ("tools/benchmark.py", "repeats amp pictures coco-size"),
+        ("tools/benchmark.py", "repeats amp pictures"),
         ("test_image.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
         ("test_video.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
     ],

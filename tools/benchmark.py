@@ -19,18 +19,13 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import io
-import json
 import math
-import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,20 +39,12 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_tensor
 
 from demo import shapes
-from src.annotations import annotation_file, as_coco, ground_truth
+from src.annotations import ground_truth
 from src.boxes import Encoder, box_cxcywh_to_xyxy, make_default_boxes
 from src.checkpoint import save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
-from src.engine import (
-    coco_metrics,
-    coco_results,
-    evaluate,
-    evaluate_categories,
-    make_optimizer,
-    split_categories,
-    train_steps,
-)
+from src.engine import coco_metrics, evaluate, make_optimizer, train_steps
 from src.images import read_image
 from src.loss import MultiBoxLoss
 from src.model import build_model
@@ -76,7 +63,6 @@ def parse_args():
     parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings a stage")
     parser.add_argument("--amp", action="store_true", help="ours in half precision; plain is not")
     parser.add_argument("--pictures", type=positive, default=50, help="of the validation stage")
-    parser.add_argument("--coco-size", action="store_true", help="also open and judge as much as COCO has")
     return parser.parse_args()
 
 
@@ -386,39 +372,6 @@ def training(args, device, name):
     )
 
 
-def time_ssdlite(stage):
-    """Print the median time of a stage; `waiting` runs this in a process of its own."""
-    if stage == "training step, batch 8":
-        action, repeats = training_step(SimpleNamespace(amp=False), "cpu", "ssdlite"), 4
-    else:
-        detector = Detector(network_of("ssdlite", "cpu"), "ssdlite", NAMES, IDS, "cpu")
-        action, repeats = partial(detector, drawn_images(1)), 30
-    action()
-    print(np.median([seconds(action) for _ in range(repeats)]))
-
-
-def waiting():
-    """OpenMP's threads that spin for a while when they wait for one another, its default, against sleeping ones."""
-
-    def milliseconds(stage, policy):
-        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | policy
-        command = [sys.executable, "-c", f"from tools import benchmark; benchmark.time_ssdlite({stage!r})"]
-        return 1e3 * float(subprocess.check_output(command, cwd=Path(__file__).parents[1], env=env))
-
-    print(f"\n{'ssdlite':42} {'spin':>9} {'sleep':>9} {'ratio':>18}")
-    for load in ("alone", "beside a busy program"):
-        for stage in ("training step, batch 8", "detecting, batch 1"):
-            busy = [] if load == "alone" else [subprocess.Popen([sys.executable, "-c", "while True: pass"])]
-            try:
-                policies = {}, {"OMP_WAIT_POLICY": "PASSIVE"}
-                runs = [[milliseconds(stage, policy) for policy in policies] for _ in range(3)]
-            finally:
-                for process in busy:
-                    process.kill()
-            spin, sleep = np.median(runs, axis=0)
-            print(f"{stage + ', ' + load:42} {spin:9.1f} {sleep:9.1f} {spin / sleep:18.2f}", flush=True)
-
-
 def validation(args, device, folder, name):
     """A whole set: images in, COCO metrics out."""
     data = CocoDataset(folder, "val2017")
@@ -511,91 +464,6 @@ def deployment(args, folder):
     torch.set_num_threads(before)
 
 
-def make_coco_size(folder):
-    """Annotations of train2017's size, and pictures that are empty files."""
-    for name in ("annotations", "train2017"):
-        (folder / name).mkdir(parents=True)
-    categories = [{"id": i, "name": str(i)} for i in range(1, 81)]
-    data = {"images": [], "annotations": [], "categories": categories}
-    for i in range(118_000):
-        data["images"].append({"id": i, "file_name": f"{i:012}.jpg", "width": 640, "height": 480})
-        (folder / "train2017" / f"{i:012}.jpg").touch()
-    common = {"bbox": [9.5] * 4, "segmentation": [[60.25] * 40], "area": 90.25, "iscrowd": 0}
-    for n in range(1, 860_001):
-        ids = {"id": n, "image_id": n * 7 % 118_000, "category_id": 1 + n % 80}
-        data["annotations"].append(common | ids)
-    (folder / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
-
-
-def load_json(folder):
-    """Seconds that json.load takes."""
-    return seconds(lambda: json.loads(annotation_file(folder, "train2017").read_bytes()))
-
-
-def memory(pid="self"):
-    """MB of a process, without mapped files; what N processes share counts as 1/N."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(x.split()[1]) for x in lines if x.startswith(("Pss_Anon", "Pss_Shmem"))) / 1024
-
-
-def open_dataset(folder):
-    """Seconds to open the annotations, MB they keep, MB that eight workers add."""
-    before, start = memory(), time.perf_counter()
-    data = CocoDataset(folder, "train2017", Encoder(make_default_boxes("ssd")))
-    took, opened = time.perf_counter() - start, memory()
-    data.read = lambda index: np.zeros((480, 640, 3), np.uint8)
-    keys = [(0, index) for index in range(0, len(data), 1000)]
-    batches = iter(DataLoader(data, 2, sampler=keys, num_workers=8, multiprocessing_context="fork"))
-    list(zip(range(24), batches, strict=False))  # the workers are at work now
-    pids = ["self", *(worker.pid for worker in multiprocessing.active_children())]
-    return took, opened - before, sum(map(memory, pids)) - opened
-
-
-def coco_size(folder):
-    """Opening as many annotations as COCO has, each time in a new process; medians of three."""
-
-    def run(action):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(action, folder).result()
-
-    run(make_coco_size)
-    runs = [(run(load_json), *run(open_dataset)) for _ in range(3)]
-    plain, ours, kept, added = np.median(runs, axis=0)
-    print(f"\ntrain2017: json.load {plain:.1f} s, opened in {ours:.1f} s, ratio {ours / plain:.2f}")
-    print(f"keeps {kept:.0f} MB, eight workers add {added:.0f} MB")
-
-
-def judging():
-    """pycocotools on as many boxes and detections as val2017 has: alone, and the slowest of eight shares."""
-    rng, categories = np.random.default_rng(0), list(range(1, 81))
-
-    def boxes(count):
-        """(count, 7) like detections, of classes of unequal numbers."""
-        images, scores = rng.integers(0, 5000, (count, 1)), rng.beta(1, 8, (count, 1))
-        corners, sizes = rng.uniform(0, 300, (count, 2)), np.exp(rng.normal(4, 0.9, (count, 2)))
-        classes = rng.choice(categories, (count, 1), p=1 / np.arange(1, 81) / (1 / np.arange(1, 81)).sum())
-        return np.concatenate([images, corners, sizes, scores, classes], axis=1)
-
-    objects = boxes(36_781)
-    found = objects + rng.normal(0, 0.07, objects.shape) * objects[:, 3:4] * [0, 1, 1, 0, 0, 0, 0]
-    detections = np.concatenate([found, boxes(500_000 - len(found))])
-    annotations = [
-        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-        for number, result in enumerate(coco_results(objects), start=1)
-    ]
-    images, names = [{"id": i} for i in range(5000)], [{"id": i, "name": str(i)} for i in categories]
-    truth = as_coco({"images": images, "categories": names, "annotations": annotations})
-
-    def cpu_seconds(share):  # it computes in one thread; what else runs does not count
-        start = time.process_time()
-        evaluate_categories(truth, detections, share)
-        return time.process_time() - start
-
-    slowest, alone = max(map(cpu_seconds, split_categories(categories, detections, 8))), cpu_seconds(categories)
-    print(f"\nval2017: pycocotools alone {alone:.1f} s, the slowest of eight shares {slowest:.1f} s", end="")
-    print(f", ratio {alone / slowest:.1f}", flush=True)
-
-
 def main():
     """Print the table."""
     args = parse_args()
@@ -623,11 +491,6 @@ def main():
         for name in ("ssd", "ssdlite"):
             validation(args, device, folder, name)
         deployment(args, Path(folder))
-        if device == "cpu" and torch.get_num_threads() > 1:
-            waiting()
-        if args.coco_size:
-            coco_size(Path(folder) / "coco")
-            judging()
 
 
 if __name__ == "__main__":
