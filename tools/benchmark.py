@@ -1,11 +1,11 @@
-"""Time every stage beside the plain way of doing it, in one run on one machine.
+"""Time every stage against a reference, in one run on one machine.
 
     python -m tools.benchmark
     python -m tools.benchmark --amp --repeats 15
 
-"Plain" is float32, contiguous, batch norm on its own, Pillow and torchvision's transforms, IoU with
-all default boxes at once, NMS in Python loops over classes and boxes, mining with two sorts. The
-share of the limit is that of the machine's own matrix products.
+The reference is float32, contiguous, batch norm on its own, Pillow and torchvision's transforms, IoU
+with all default boxes at once, NMS in Python loops over classes and boxes, mining with two sorts. The
+limit is the speed of the machine's own matrix products.
 
 On a GPU the first rows compare memory layouts: where NCHW (contiguous) is much faster than NHWC
 (channels_last, which all scripts use), cuDNN lacks a good kernel for that GPU and precision.
@@ -52,24 +52,24 @@ from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, normalize, resiz
 
 CLASSES = 81  # COCO's 80 and background
 NAMES, IDS = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
-PLAIN_PIXELS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-PLAIN_COLORS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
+REFERENCE_PIXELS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+REFERENCE_COLORS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
 
 
 def parse_args():
     """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
     positive = usage.number(int, 1)
-    parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings a stage")
-    parser.add_argument("--amp", action="store_true", help="ours in half precision; plain is not")
-    parser.add_argument("--pictures", type=positive, default=50, help="of the validation stage")
+    parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings per stage")
+    parser.add_argument("--amp", action="store_true", help="ours in mixed precision; the reference stays in float32")
+    parser.add_argument("--pictures", type=positive, default=50, help="images of the validation stage")
     return parser.parse_args()
 
 
-# The plain way
+# The reference
 
 
-def plain_encode(default_boxes, boxes, labels):
+def reference_encode(default_boxes, boxes, labels):
     """Targets of objects, with the whole (D, G) table of overlaps."""
     overlaps = box_iou(box_cxcywh_to_xyxy(default_boxes), boxes)
     best, matched = overlaps.max(dim=1)
@@ -84,7 +84,7 @@ def plain_encode(default_boxes, boxes, labels):
     return loc, labels[matched] * (best > 0.5)
 
 
-def plain_sample(path, boxes, labels, default_boxes, rng):
+def reference_sample(path, boxes, labels, default_boxes, rng):
     """Read, crop, flip, resize, colors, tensor, encode."""
     image = Image.open(path).convert("RGB")
     patch = sample_patch(boxes, rng)
@@ -97,13 +97,13 @@ def plain_sample(path, boxes, labels, default_boxes, rng):
         boxes, labels = ((boxes[inside] - origin) / side).clip(0, 1), labels[inside]
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    image = PLAIN_COLORS(image.resize((300, 300), Image.Resampling.BILINEAR))
+    image = REFERENCE_COLORS(image.resize((300, 300), Image.Resampling.BILINEAR))
     boxes, labels = torch.tensor(boxes, dtype=torch.float32), torch.tensor(labels)
-    return PLAIN_PIXELS(image), *plain_encode(default_boxes, boxes, labels)
+    return REFERENCE_PIXELS(image), *reference_encode(default_boxes, boxes, labels)
 
 
-def plain_nms(boxes, scores, threshold):
-    """Indices of the boxes kept; greedy, a box at a time."""
+def reference_nms(boxes, scores, threshold):
+    """Indices of the boxes kept; greedy, one box at a time."""
     order, keep = scores.argsort(descending=True), []
     while len(order):
         keep.append(order[0])
@@ -111,7 +111,7 @@ def plain_nms(boxes, scores, threshold):
     return torch.stack(keep)
 
 
-def plain_decode(default_boxes, loc, cls_logits):
+def reference_decode(default_boxes, loc, cls_logits):
     """Detections of a batch, image by image and class by class."""
     found = []
     for offsets, scores in zip(loc, cls_logits.softmax(dim=2), strict=True):
@@ -123,7 +123,7 @@ def plain_decode(default_boxes, loc, cls_logits):
             candidates = (scores[:, label] > 0.01).nonzero()[:, 0]
             candidates = candidates[scores[candidates, label].argsort(descending=True)[:200]]
             if len(candidates):
-                keep = candidates[plain_nms(boxes[candidates], scores[candidates, label], 0.5)]
+                keep = candidates[reference_nms(boxes[candidates], scores[candidates, label], 0.5)]
                 columns = boxes[keep].clamp(0, 1), scores[keep, label, None]
                 rows.append(torch.cat([*columns, torch.full((len(keep), 1), label)], dim=1))
         rows = torch.cat(rows)
@@ -131,7 +131,7 @@ def plain_decode(default_boxes, loc, cls_logits):
     return found
 
 
-def plain_loss(loc, cls_logits, loc_targets, cls_targets):
+def reference_loss(loc, cls_logits, loc_targets, cls_targets):
     """The MultiBox loss, hard negatives found with two full sorts."""
     matched = cls_targets > 0
     loc_loss = F.smooth_l1_loss(loc[matched], loc_targets[matched], reduction="sum")
@@ -146,7 +146,7 @@ def plain_loss(loc, cls_logits, loc_targets, cls_targets):
 
 
 def seconds(action):
-    """Of one call."""
+    """Seconds that one call takes; on a GPU, until it has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -156,15 +156,15 @@ def seconds(action):
     return time.perf_counter() - start
 
 
-def header(stage, plain, ours):
+def header(stage, reference, ours):
     """Print what the columns of `compare` are."""
-    print(f"\n{stage:42} {plain:>9} {ours:>9} {'images/s':>9} {'ratio':>8} of limit")
+    print(f"\n{stage:42} {reference:>9} {ours:>9} {'images/s':>9} {'ratio':>8} of limit")
 
 
-def compare(stage, images, plain, ours, repeats, limit=None):
+def compare(stage, images, reference, ours, repeats, limit=None):
     """Print a row: medians of alternating calls, so that both meet the same machine."""
-    plain(), ours()
-    pairs = [(seconds(plain), seconds(ours)) for _ in range(repeats)]
+    reference(), ours()
+    pairs = [(seconds(reference), seconds(ours)) for _ in range(repeats)]
     before, now = np.median(pairs, axis=0)
     share = f"{limit / now:6.0%}" if limit else "     -"
     print(
@@ -173,7 +173,7 @@ def compare(stage, images, plain, ours, repeats, limit=None):
 
 
 def peak(dtype, device):
-    """Floating point operations a second of a large matrix product."""
+    """Floating point operations per second of a large matrix product."""
     a, b = (torch.randn(2048, 2048).to(device, dtype) for _ in range(2))
     a @ b
     return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(7))
@@ -187,13 +187,13 @@ def operations(network, images):
 
 
 def scores_like(objects):
-    """Outputs (1, 8732, 4), (1, 8732, 81) as of a trained SSD that sees so many objects."""
+    """Outputs (1, 8732, 4), (1, 8732, 81) like those of a trained SSD that sees this many objects."""
     default_boxes = make_default_boxes("ssd")
     generator = torch.Generator().manual_seed(0)
     loc = torch.randn(1, len(default_boxes), 4, generator=generator)
     logits = torch.randn(1, len(default_boxes), CLASSES, generator=generator)
     logits[..., 0] += 11
-    for n in range(objects):  # each is seen by the default boxes about it, some of them surely
+    for n in range(objects):  # the default boxes around each one respond, some of them with high scores
         center = torch.rand(2, generator=generator)
         near = (default_boxes[:, :2] - center).norm(dim=1) < 0.06
         logits[0, near, 1 + n % (CLASSES - 1)] += 6 + 4 * torch.rand(int(near.sum()), generator=generator)
@@ -214,7 +214,7 @@ def look_trained(network, classify, backgrounds):
     """
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0  # take over the next batch's statistics: untrained ones let next to nothing through
+            module.momentum = 1.0  # adopt the next batch's statistics: the initial ones let hardly any signal through
     with torch.no_grad():
         network.train()
         classify()
@@ -223,7 +223,7 @@ def look_trained(network, classify, backgrounds):
         lead = (logits[..., 1:] - logits[..., :1]).flatten()
         last = lead.topk(200 * len(logits)).values[-1]
         for bias in backgrounds:
-            bias += last - math.log(0.01)  # now its score is the threshold, 0.01
+            bias += last - math.log(0.01)  # now the last one scores the threshold, 0.01
 
 
 def network_of(name, device):
@@ -247,10 +247,10 @@ def inference(args, device, limit, name, batch):
     fast = images.to(detector.dtype, memory_format=torch.channels_last)
     pixels = drawn_images(batch)
 
-    def plain():
+    def reference():
         resized = [Image.fromarray(p).resize((300, 300), Image.Resampling.BILINEAR) for p in pixels]
-        loc, logits = network(torch.stack([PLAIN_PIXELS(p) for p in resized]).to(device))
-        plain_decode(default_boxes, loc.cpu(), logits.cpu())
+        loc, logits = network(torch.stack([REFERENCE_PIXELS(p) for p in resized]).to(device))
+        reference_decode(default_boxes, loc.cpu(), logits.cpu())
 
     with torch.inference_mode():
         compare(
@@ -263,7 +263,7 @@ def inference(args, device, limit, name, batch):
         )
         found = sum(len(one["scores"]) for one in detector(pixels))
         stage = f"{name} batch {batch}, pixels to {found} detections"
-        compare(stage, batch, plain, lambda: detector(pixels), args.repeats)
+        compare(stage, batch, reference, lambda: detector(pixels), args.repeats)
 
 
 def decoding(args, stage, loc, cls_logits):
@@ -273,22 +273,22 @@ def decoding(args, stage, loc, cls_logits):
     compare(
         f"decode, {stage}",
         1,
-        lambda: plain_decode(default_boxes, loc, cls_logits),
+        lambda: reference_decode(default_boxes, loc, cls_logits),
         lambda: encoder.decode(loc, cls_logits),
         args.repeats,
     )
 
 
 def sample(args, folder, width, height):
-    """A training sample from a JPEG of so many pixels, on one core."""
+    """A training sample from a JPEG of width x height pixels, on one core."""
     default_boxes = make_default_boxes("ssd")
     encoder = Encoder(default_boxes)
     boxes = np.array([[0.1, 0.2, 0.5, 0.7], [0.4, 0.4, 0.9, 0.9]], np.float32)
     labels = np.array([1, 2])
     path = folder / "sample.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
-    picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-    picture.save(path, quality=80)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(path, quality=80)
     draws, again = np.random.default_rng(0), np.random.default_rng(0)
 
     def ours():
@@ -300,7 +300,7 @@ def sample(args, folder, width, height):
     compare(
         f"training sample, {width}x{height}, {path.stat().st_size // 1000} kB, one core",
         1,
-        lambda: plain_sample(path, boxes, labels, default_boxes, draws),
+        lambda: reference_sample(path, boxes, labels, default_boxes, draws),
         ours,
         10 * args.repeats,
     )
@@ -308,7 +308,7 @@ def sample(args, folder, width, height):
 
 
 def batch_of(name, size=8):
-    """Pixels, targets and image ids of a training batch, one object an image."""
+    """Pixels, targets and image ids of a training batch, one object per image."""
     encoder = Encoder(make_default_boxes(name))
     targets = encoder.encode(torch.tensor([[0.2, 0.2, 0.7, 0.8]]), torch.tensor([3]))
     pixels = torch.randint(0, 256, (size, 300, 300, 3), dtype=torch.uint8)
@@ -316,7 +316,7 @@ def batch_of(name, size=8):
 
 
 def training_step(args, device, name, layout=torch.channels_last):
-    """A function that takes a step on a batch of 8 as train.py does, all in one memory layout."""
+    """Return a function that takes one training step on a batch of 8 as train.py does, in one memory layout."""
     network = network_of(name, device).to(memory_format=layout)
     network.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous(memory_format=layout))
     optimizer = make_optimizer(network, 1e-4)
@@ -334,7 +334,7 @@ def training_step(args, device, name, layout=torch.channels_last):
 
 def layouts(args, device, name):
     """A forward pass and a training step with a batch of 8, contiguous against channels_last."""
-    # cuDNN has been 35 times slower at float32 depthwise convolutions in channels_last.
+    # In channels_last, cuDNN can be 35 times slower at float32 depthwise convolutions.
     both = torch.contiguous_format, torch.channels_last
     detector = Detector(network_of(name, device), name, NAMES, IDS, device, args.amp)
     models = [copy.deepcopy(detector.model).to(memory_format=layout) for layout in both]
@@ -347,33 +347,33 @@ def layouts(args, device, name):
 
 
 def training(args, device, name):
-    """A step with a batch of 8, and the loss alone."""
+    """A training step with a batch of 8, and the loss alone."""
     network, criterion = network_of(name, device).train(), MultiBoxLoss()
     targets = [t.to(device) for t in batch_of(name)[1:3]]
     images = torch.randn(8, 3, 300, 300, device=device)
     sgd = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4, foreach=False)
 
-    def plain():
-        loss = plain_loss(*network(images), *targets)
+    def reference():
+        loss = reference_loss(*network(images), *targets)
         sgd.zero_grad()
         loss.backward()
         sgd.step()
         loss.item()
 
     ours = training_step(args, device, name)
-    compare(f"{name} training step, batch 8", 8, plain, ours, min(args.repeats, 5))
+    compare(f"{name} training step, batch 8", 8, reference, ours, min(args.repeats, 5))
     outputs = [torch.randn(*targets[1].shape, n, device=device) for n in (4, CLASSES)]
     compare(
         f"{name} loss, batch 8",
         8,
-        lambda: plain_loss(*outputs, *targets),
+        lambda: reference_loss(*outputs, *targets),
         lambda: criterion(*outputs, *targets),
         args.repeats,
     )
 
 
 def validation(args, device, folder, name):
-    """A whole set: images in, COCO metrics out."""
+    """Evaluating a whole set: images in, COCO metrics out."""
     data = CocoDataset(folder, "val2017")
     truth = ground_truth(data.annotation_file)
     network = network_of(name, device)
@@ -383,13 +383,13 @@ def validation(args, device, folder, name):
     loader = DataLoader(data, 8, num_workers=2, persistent_workers=True)  # as train.py has it
 
     @torch.inference_mode()
-    def plain():
+    def reference():
         rows = []
         for index in range(len(data)):
             image = Image.open(data.path(index)).convert("RGB")
-            pixels = PLAIN_PIXELS(image.resize((300, 300), Image.Resampling.BILINEAR))
+            pixels = REFERENCE_PIXELS(image.resize((300, 300), Image.Resampling.BILINEAR))
             loc, logits = network(pixels[None].to(device))
-            (found,) = plain_decode(default_boxes, loc.cpu(), logits.cpu())
+            (found,) = reference_decode(default_boxes, loc.cpu(), logits.cpu())
             for x1, y1, x2, y2, score, label in found.tolist():
                 box = x1 * image.width, y1 * image.height, x2 * image.width, y2 * image.height
                 box = box[0], box[1], box[2] - box[0], box[3] - box[1]
@@ -401,11 +401,11 @@ def validation(args, device, folder, name):
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             evaluate(detector, loader, truth)
 
-    compare(f"{name} validation of {len(data)} pictures", len(data), plain, ours, 3)
+    compare(f"{name} validation of {len(data)} images", len(data), reference, ours, 3)
 
 
 def torchvision_peer():
-    """torchvision's SSDlite at 320 x 320, random weights, scores like trained ones."""
+    """Return torchvision's SSDLite (320 x 320) with random weights that score like trained ones."""
     torch.manual_seed(0)
     peer = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
     images = peer.transform([to_tensor(image) for image in drawn_images(8)])[0].tensors
@@ -429,7 +429,7 @@ def export_onnx(network, folder):
 
 
 def deployment(args, folder):
-    """One image from pixels to detections on the CPU: Detector, its ONNX file, torchvision's."""
+    """One image from pixels to detections on the CPU: `Detector`, its ONNX file, and torchvision's SSDLite."""
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -455,7 +455,7 @@ def deployment(args, folder):
             "Detector's ONNX file in ONNX Runtime": partial(session.run, None, inputs),
             f"torchvision's ssdlite320, to {theirs}": lambda: peer([to_tensor(pixels)]),
         }
-        # Each is called twice and timed once: by then the threads of the one before are at rest.
+        # Call each twice and time the second: by then the threads of the one before have stopped spinning.
         with torch.inference_mode():
             rounds = [[(way(), seconds(way))[1] for way in ways.values()] for _ in range(args.repeats)]
         times = np.median(rounds, axis=0)
@@ -476,7 +476,7 @@ def main():
         header(f"memory layouts, {half}", "NCHW", "NHWC")
         for name in ("ssd", "ssdlite"):
             layouts(args, device, name)
-    header("stage", "plain", "ours")
+    header("stage", "reference", "ours")
     with tempfile.TemporaryDirectory() as folder:
         for size in ((640, 480), (1632, 1224), (4000, 3000)):
             sample(args, Path(folder), *size)
