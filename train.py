@@ -3,7 +3,8 @@
     python train.py --data-path /coco --model ssd --batch-size 32 --amp
     torchrun --nproc_per_node=8 train.py --data-path /coco --model ssd --batch-size 32 --amp
 
-Stop it whenever you want (Ctrl-C): the same command resumes where it was.
+Stop it whenever you want (Ctrl-C): the same command resumes at that step (after a power failure, at the last
+checkpoint).
 """
 
 import argparse
@@ -62,7 +63,7 @@ def parse_args():
     add = parser.add_argument_group("running").add_argument
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
     add("--save-folder", default="trained_models", help="checkpoints; the run in it is resumed")
-    add("--save-every", type=positive, help="iterations; without it, after every epoch")
+    add("--save-every", type=positive, help="iterations; also within an epoch (default: only at its end)")
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; LOCAL_RANK is used
     args = parser.parse_args()
@@ -86,16 +87,15 @@ def main():
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     print_rank0(f"running on {distributed.devices(device)}")
-    latest = Path(args.save_folder) / f"{args.model}.pth"
-    best = Path(args.save_folder) / f"{args.model}_best.pth"
-    resuming = latest.exists()
 
     # Data
     train_set, val_set = open_sets(args)
-    classes, category_ids = train_set.classes, train_set.category_ids
     sampler = TrainSampler(len(train_set), args.batch_size, distributed.rank(), distributed.world_size(), args.seed)
     per_step = args.batch_size * distributed.world_size()
-    iterations = len(sampler)  # per epoch
+    iterations = len(sampler)  # in a whole epoch
+    latest = Path(args.save_folder) / f"{args.model}.pth"
+    best = Path(args.save_folder) / f"{args.model}_best.pth"
+    resuming = latest.exists()  # by run.resume, below
     prepare_folders(args, None if resuming else (latest, best))
     for name, data in (("training", train_set), ("validation", val_set)):
         if not resuming:  # a resumed run finds broken files as it loads them
@@ -105,7 +105,7 @@ def main():
     ground_truth = load_ground_truth(val_set.annotation_file)
 
     # Model and optimizer
-    network = start_network(args, classes, resuming)
+    network = start_network(args, train_set.classes, resuming)
     if args.freeze:
         freeze(network)
     network = network.to(device, memory_format=torch.channels_last)
@@ -113,26 +113,27 @@ def main():
     criterion = MultiBoxLoss()
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
-    schedule = partial(learning_rate, args, iterations, distributed.world_size())
+    schedule = partial(learning_rate, args, iterations, distributed.world_size())  # of (epoch, iteration)
 
     # Resume, then train and evaluate
     options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
-    run = Run(args.model, network, optimizer, scaler, classes, category_ids, options)
+    run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
     with stopping.Stoppable(run, latest) as stoppable:
         run.resume(latest)
         log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
+            # A generator: each turn of the loop trains one step and adds to run.samples_seen; every tenth has a report.
             for iteration, report in train_steps(run, ddp_network, train_loader, criterion, schedule, args.amp):
                 if report:
                     write(log, "Train", report, epoch * iterations + iteration)
                 if args.save_every and (iteration + 1) % args.save_every == 0:
                     run.save(latest)
                 stoppable.after_step(report)
-            distributed.broadcast_buffers(network)
-            run.save(latest)
+            distributed.broadcast_buffers(network)  # batch norm's statistics differ between processes
+            run.save(latest)  # trained but not evaluated: a run that is stopped below repeats only the evaluation
             with stoppable.evaluation():
-                detector = Detector(network, args.model, classes, category_ids, device, args.amp)
+                detector = Detector(network, args.model, run.classes, run.category_ids, device, args.amp)
                 metrics, _ = evaluate(detector, val_loader, ground_truth, args.nms_threshold)
             print_rank0(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
             write_evaluation(log, metrics, detector, val_set, (epoch + 1) * iterations)
