@@ -8,22 +8,15 @@ from 1, `scores` float32 (N,) descending; N <= 200. Metadata: `model`, and `clas
 index 0 "background".
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
-
-from src import usage
-
-if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
-
 import json
+import sys
 
 import torch
 from torch import nn
 
-from src.detector import Detector
+from src import usage
+from src.boxes import NMS_THRESHOLD
+from src.detector import SHOW_THRESHOLD, Detector
 from src.transform import normalize
 
 try:
@@ -54,7 +47,7 @@ before (uint8[H, W, 3] image) => (uint8[1, SIZE, SIZE, 3] pixels, int64[3] shape
 # background), the classes are for NonMaxSuppression a batch of K images of one class.
 AFTER = """
 after (float[D, 4] all_boxes, float[K, D] all_scores, int64[3] shape,
-       float score_threshold = {0.3}, float nms_threshold = {0.5})
+       float score_threshold = {SHOW_THRESHOLD}, float nms_threshold = {NMS_THRESHOLD})
     => (float[N, 4] boxes, int64[N] labels, float[N] scores)
 {
     most = Constant <value_ints = [200]> ()
@@ -87,22 +80,22 @@ after (float[D, 4] all_boxes, float[K, D] all_scores, int64[3] shape,
 """
 
 
-class Network(nn.Module):
+class Exported(nn.Module):
     """The part that torch exports: from resized pixels to the boxes and scores of all classes."""
 
     def __init__(self, detector):
         super().__init__()
-        self.model, self.encoder = detector.model, detector.encoder
+        self.network, self.encoder = detector.network, detector.encoder
 
     def forward(self, pixels):
         """(1, 300, 300, 3) uint8 -> (D, 4) xyxy in [0, 1] but not clipped, (K, D) scores."""
-        loc, cls_logits = self.model(normalize(pixels))
+        loc, cls_logits = self.network(normalize(pixels))
         return self.encoder.apply_offsets(loc[0]), cls_logits[0].softmax(dim=1)[:, 1:].T
 
 
 def export(detector):
     """Return the ONNX model (onnx.ModelProto) of a Detector on the CPU, in float32."""
-    network = Network(detector).eval()
+    network = Exported(detector).eval()
     pixels = torch.zeros(1, detector.size, detector.size, 3, dtype=torch.uint8)
     normalize(pixels)  # which keeps its constants: real ones, not the tracer's
     outputs = ["all_boxes", "all_scores"]
@@ -119,8 +112,11 @@ def export(detector):
     middle.ir_version = IR_VERSION
     for node in middle.graph.node:
         node.ClearField("metadata_props")  # paths and lines of the source on this machine
-    texts = BEFORE.replace("SIZE", str(detector.size)), AFTER
-    before, after = (onnx.parser.parse_model(HEADER + text) for text in texts)
+    before, after = BEFORE, AFTER
+    values = {"SIZE": detector.size, "SHOW_THRESHOLD": SHOW_THRESHOLD, "NMS_THRESHOLD": NMS_THRESHOLD}
+    for name, value in values.items():
+        before, after = (text.replace(name, str(value)) for text in (before, after))
+    before, after = (onnx.parser.parse_model(HEADER + text) for text in (before, after))
     model = onnx.compose.merge_models(before, middle, [("pixels", "pixels")])
     model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
     del model.opset_import[1:]  # merging repeats it
@@ -139,7 +135,7 @@ def main():
     args = parser.parse_args()
     usage.prepare_outputs([("--output", args.output)], [args.pretrained_model])
     detector = Detector.load(args.pretrained_model, device="cpu")
-    print(f"{args.pretrained_model}: {detector.layout}")
+    print(f"{args.pretrained_model}: {detector.origin}")
     model = export(detector)
     onnx.save(model, args.output)
     print(f"{detector.name}, {len(detector.classes) - 1} classes -> {args.output}")

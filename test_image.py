@@ -6,21 +6,14 @@
 `--input` takes any number of files and folders.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
-
-from src import usage
-
-if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
-
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
-from src.detector import Detector, json_entry
+from src import usage
+from src.boxes import NMS_THRESHOLD
+from src.detector import SHOW_THRESHOLD, Detector, json_entry
 from src.images import read_image, save_image
 from src.usage import UserError
 from src.visualize import draw_detections
@@ -45,20 +38,22 @@ def parse_args():
     )
     add("--json", help="also write the detections to this file")
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
-    add("--cls-threshold", type=share, default=0.3, help="lowest score to show")
-    add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
+    add("--cls-threshold", type=share, default=SHOW_THRESHOLD, help="lowest score to show")
+    add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
     add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
     return parser.parse_args()
 
 
 def find_images(inputs):
     """Files of all inputs, each with its path within an output folder; and what was passed over, in words."""
-    files, passed = [], Counter()
+    files = []
+    passed = Counter()
     for path in map(Path, inputs):
         if os.path.isdir(path):
             found = sorted(search(path, passed))
             files += [(file, file.relative_to(path)) for file in found]
-        elif os.path.isfile(path) or os.path.islink(path):  # one that leads nowhere is told of with the others
+        elif os.path.isfile(path) or os.path.islink(path):  # a broken link is reported with the other failures
             files.append((path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
@@ -122,13 +117,16 @@ def main():
     files, passed = find_images(args.input)
     outputs = output_files(args.input, files, args.output)
     files = [file for file, _ in files]
-    written = [("--output", path) for path in outputs] + [("--json", args.json)] * bool(args.json)
+    written = [("--output", path) for path in outputs]
+    if args.json:
+        written.append(("--json", args.json))
     usage.prepare_outputs(written, [*files, args.pretrained_model])
-    detector = Detector.load(args.pretrained_model, amp=args.amp)
-    print(f"{args.pretrained_model}: {detector.layout}")
+    detector = Detector.load(args.pretrained_model, args.device, args.amp)
+    print(f"{args.pretrained_model}: {detector.origin}")
     if passed:
         print(f"passed over: {passed}")
-    records, failed = [], []
+    records = []
+    failed = []
     for file, output in zip(files, outputs, strict=True):
         try:
             image = read_image(file)

@@ -4,26 +4,19 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input a.mp4 --o
 python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
-
-from src import usage
-
-if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
-
 import itertools
 import json
 import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 from tqdm import tqdm
 
+from src import usage
+from src.boxes import NMS_THRESHOLD
 from src.detector import Detector, json_entry
 from src.usage import UserError
 from src.visualize import draw_detections
@@ -45,7 +38,8 @@ def parse_args():
     add("--json", help="also write the detections to this file, a frame a line")
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=0.35, help="lowest score to show")
-    add("--nms-threshold", type=share, default=0.5, help="IoU above which a weaker box is removed")
+    add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
     add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
     return parser.parse_args()
 
@@ -88,7 +82,8 @@ def pace(source, video):
     What the container says, unless the frames of a file have other timestamps: a variable rate
     becomes its mean.
     """
-    fps, total = video.get(cv2.CAP_PROP_FPS), max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    fps = video.get(cv2.CAP_PROP_FPS)
+    total = max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     times = []
     if os.path.isfile(source):  # cameras and named pipes cannot be read twice
         undecoded = [cv2.CAP_PROP_FORMAT, -1]
@@ -100,7 +95,8 @@ def pace(source, video):
     gaps = [after - before for before, after in itertools.pairwise(times)]
     # Some containers time only some of their packets; a minute without a frame is a jump in time.
     if gaps and len(times) > 0.97 * frames and max(gaps) < 60:
-        seconds, steps = times[-1] - times[0], frames - 1
+        seconds = times[-1] - times[0]
+        steps = frames - 1
         if not abs(fps * seconds - steps) <= 1:  # more than a frame apart
             fps, total = steps / seconds, frames
     return fps if 0 < fps < 10_000 else 25.0, total
@@ -128,13 +124,14 @@ def even(frame):
 
 def differences(video, frame):
     """What a viewer of the output may miss, for the last line."""
-    told, (height, width) = ", without sound", frame.shape[:2]
+    height, width = frame.shape[:2]
+    notes = ", without sound"
     if height % 2 or width % 2:
-        told += f", {width + width % 2}x{height + height % 2} as sides must be even"
+        notes += f", {width + width % 2}x{height + height % 2} as sides must be even"
     aspect = [int(video.get(side)) for side in (cv2.CAP_PROP_SAR_NUM, cv2.CAP_PROP_SAR_DEN)]
     if aspect[0] != aspect[1] and min(aspect) > 0:
-        told += f", with square pixels (the input's are {aspect[0]}:{aspect[1]})"
-    return told
+        notes += f", with square pixels (the input's are {aspect[0]}:{aspect[1]})"
+    return notes
 
 
 def main():
@@ -144,7 +141,8 @@ def main():
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, frame = open_video(args.input)
-    default, stem = Path(args.input), Path(args.input).stem
+    default = Path(args.input)
+    stem = default.stem
     if not default.exists():
         stem = re.sub(r"_?%\d*d", "", stem) or "images"  # without the number of an image
     default = default.with_name(f"{stem}_prediction.mp4")
@@ -153,17 +151,21 @@ def main():
     output = Path(args.output or default)
     if output.suffix.lower() not in CODECS:
         raise UserError(f"--output {output}: unknown video type; end it in .mp4 or .avi")
-    written = [("--output", args.output or output)] + [("--json", args.json)] * bool(args.json)
+    written = [("--output", args.output or output)]
+    if args.json:
+        written.append(("--json", args.json))
     usage.prepare_outputs(written, [args.input, args.pretrained_model])
-    detector = Detector.load(args.pretrained_model, amp=args.amp)
-    print(f"{args.pretrained_model}: {detector.layout}")
+    detector = Detector.load(args.pretrained_model, args.device, args.amp)
+    print(f"{args.pretrained_model}: {detector.origin}")
     fps, total = pace(args.input, video)
     writer, codec = open_writer(output, fps, frame)
-    told = differences(video, frame)
+    notes = differences(video, frame)
     lines = open(args.json, "w", encoding="utf-8") if args.json else None
     stopped = []
     usage.handle_signals(lambda *_: stopped.append(True))
-    bar, number, ok = tqdm(total=total or None, unit="frame", leave=False), 0, True
+    bar = tqdm(total=total or None, unit="frame", leave=False)
+    number = 0  # of frames done
+    ok = True  # while there are frames
     with ThreadPoolExecutor(2) as pool:  # reads the next frame and writes the last meanwhile
         writing = pool.submit(lambda: None)
         while ok and not stopped:
@@ -184,8 +186,9 @@ def main():
     writer.release()
     if lines:
         lines.close()
-    cut = number < total and not stopped
-    print(f"{number} frames -> {output}, {codec}{told}" + f" (the file promises {total}: it seems truncated)" * cut)
+    if number < total and not stopped:
+        notes += f" (the file promises {total}: it seems truncated)"
+    print(f"{number} frames -> {output}, {codec}{notes}")
 
 
 if __name__ == "__main__":

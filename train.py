@@ -3,48 +3,38 @@
     python train.py --data-path /coco --model ssd --batch-size 32 --amp
     torchrun --nproc_per_node=8 train.py --data-path /coco --model ssd --batch-size 32 --amp
 
-Stop it whenever you want (Ctrl-C): the same command resumes where it was.
+Stop it whenever you want (Ctrl-C): the same command resumes at that step (after a power failure, at the last
+checkpoint).
 """
 
-import sys
+import argparse
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # which `python -P` leaves out
-
-from src import usage
-
-if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
-
-import argparse
-import atexit
-from functools import partial
-
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from src import distributed, stopping
-from src.annotations import ground_truth
-from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes
-from src.checkpoint import find_stopped_run, load_checkpoint, save_run, start_network
+from src import distributed, stopping, usage
+from src.annotations import load_ground_truth
+from src.boxes import DEFAULT_BOXES, NMS_THRESHOLD, Encoder, make_default_boxes
+from src.checkpoint import Run, load_checkpoint, start_network
 from src.dataset import CocoDataset, TrainSampler, check_categories
 from src.detector import Detector
 from src.distributed import print_rank0
-from src.engine import METRICS, evaluate, make_optimizer, metrics_table, train_steps
+from src.engine import evaluate, make_optimizer, metrics_table, train_steps
+from src.log import open_log, write, write_evaluation
 from src.loss import MultiBoxLoss
 from src.model import freeze
-from src.usage import UnreadableImage, UserError
-from src.visualize import draw_detections
+from src.usage import UserError
 
 
 def parse_args():
     """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
-    natural, positive = usage.number(int, 0), usage.number(int, 1)
-    fraction, rate = usage.number(float, 0, 1), usage.number(float, 0)
+    natural = usage.number(int, 0)
+    positive = usage.number(int, 1)
+    fraction = usage.number(float, 0, 1)
+    rate = usage.number(float, 0)
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="/coco", help="folder with annotations/ and the images' folders")
     add("--train-set", default="train2017", help="folder of the training images")
@@ -56,7 +46,7 @@ def parse_args():
     add("--pretrained-model", help="checkpoint to fine-tune, from train.py or published")
     add("--no-pretrained-backbone", action="store_true", help="start from random weights, without ImageNet's")
     add("--freeze", action="store_true", help="keep the backbone's layers up to stride 8 as they are; to fine-tune")
-    add("--nms-threshold", type=fraction, default=0.5, help="IoU above which a weaker box is removed")
+    add("--nms-threshold", type=fraction, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=65, help="passes over the training images")
     add("--batch-size", type=usage.number(int, 2), default=32, help="images per process and step")
@@ -71,8 +61,9 @@ def parse_args():
     add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on a CPU")
     add("--seed", type=natural, default=123, help="of everything random")
     add = parser.add_argument_group("running").add_argument
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
     add("--save-folder", default="trained_models", help="checkpoints; the run in it is resumed")
-    add("--save-every", type=positive, help="iterations; without it, after every epoch")
+    add("--save-every", type=positive, help="iterations; also within an epoch (default: only at its end)")
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; LOCAL_RANK is used
     args = parser.parse_args()
@@ -84,128 +75,98 @@ def parse_args():
         args.multistep = sorted({round(args.epochs * share / 65) for share in (43, 54)})
     if args.freeze and args.no_pretrained_backbone and not args.pretrained_model:
         parser.error("--freeze would keep random weights: leave out --no-pretrained-backbone")
+    del args.local_rank
     return args
 
 
 @distributed.naming_the_lost()
 def main():
-    """Seed, data, model, resume, then train and evaluate epoch by epoch."""
+    """Data, model, optimizer, resume; then train and evaluate, epoch by epoch."""
     args = parse_args()
-    device = distributed.set_up()
-    rank, world_size = distributed.rank(), distributed.world_size()
-    atexit.register(stopping.kill_workers)
+    device = distributed.set_up(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     print_rank0(f"running on {distributed.devices(device)}")
 
     # Data
-    encoder, size = Encoder(make_default_boxes(args.model)), DEFAULT_BOXES[args.model].input_size
-    train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out, size)
-    val_set = CocoDataset(args.data_path, args.val_set, size=size)
-    classes, category_ids = train_set.classes, train_set.category_ids
-    check_categories(val_set, category_ids, classes, train_set.annotation_file)
-    if not len(train_set.boxes):
-        raise UserError(f"{train_set.describe(train_set.annotation_file)}: no box to learn from; annotate some")
-    sampler = TrainSampler(len(train_set), args.batch_size, rank, world_size, args.seed)
-    iterations = len(sampler)  # in an epoch
-
-    # A stopped run
-    options = vars(args) | {"world_size": world_size}  # a resumed run says what has changed
-    del options["local_rank"]
-    for data in (train_set, val_set):
-        data.check_folder()
-    usage.make_folder("--save-folder", args.save_folder)
-    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
-    stopping.lock_save_folder(args.save_folder, args.model)
-    latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
-    stopped = find_stopped_run(latest, options)
-    if args.pretrained_model and not stopped:
-        usage.prepare_outputs([("--save-folder", latest), ("--save-folder", best)], [args.pretrained_model])
-    check_sets(train_set, val_set, check_files=not stopped)  # a resumed run finds broken files as it loads them
+    train_set, val_set = open_sets(args)
+    sampler = TrainSampler(len(train_set), args.batch_size, distributed.rank(), distributed.world_size(), args.seed)
+    per_step = args.batch_size * distributed.world_size()
+    iterations = len(sampler)  # in a whole epoch
+    latest = Path(args.save_folder) / f"{args.model}.pth"
+    best = Path(args.save_folder) / f"{args.model}_best.pth"
+    resuming = latest.exists()  # by run.resume, below
+    prepare_folders(args, None if resuming else (latest, best))
+    for name, data in (("training", train_set), ("validation", val_set)):
+        if not resuming:  # a resumed run finds broken files as it loads them
+            data.check_files(name)
+        print_rank0(data.describe(name))
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
-    truth = ground_truth(val_set.annotation_file)
+    ground_truth = load_ground_truth(val_set.annotation_file)
 
-    # Model
-    network = start_network(args, stopped, classes)
+    # Model and optimizer
+    network = start_network(args, train_set.classes, resuming)
     if args.freeze:
         freeze(network)
     network = network.to(device, memory_format=torch.channels_last)
-    model = distributed.maybe_ddp(network)
+    ddp_network = distributed.maybe_ddp(network)
     criterion = MultiBoxLoss()
-    sgd = args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor
-    optimizer = make_optimizer(network, *sgd, stopped)
+    optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
-    if stopped and stopped["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(stopped["scaler"])
-    progress = {
-        "epoch": 0,  # epochs finished
-        "samples_seen": 0,  # images of the next one already trained on, by all processes
-        "best_map": -1.0,  # highest AP so far
-    }
-    progress = {key: stopped[key] if stopped else start for key, start in progress.items()}
-    progress |= {"model": args.model, "classes": classes, "category_ids": category_ids, "args": options}
-    everything = progress, network, optimizer, scaler  # what a checkpoint holds
-    per_step = args.batch_size * world_size
-    first_step = progress["epoch"] * iterations + progress["samples_seen"] // per_step
-    log = open_log(args, first_step, progress["samples_seen"])
+    schedule = partial(learning_rate, args, iterations, distributed.world_size())  # of (epoch, iteration)
 
-    received = stopping.stop_on_signals()
-    for epoch in range(progress["epoch"], args.epochs):
-        sampler.start(epoch, progress["samples_seen"])
-        # A generator: each turn of the loop below trains one step, so that it can save or stop in between.
-        steps = train_steps(
-            model, train_loader, criterion, optimizer, scaler, epoch,
-            progress["samples_seen"] // per_step, partial(learning_rate, args, iterations, world_size),
-            args.amp,
-        )  # fmt: skip
-        try:
-            for iteration, report in steps:
-                progress["samples_seen"] += per_step
+    # Resume, then train and evaluate
+    options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
+    run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
+    with stopping.Stoppable(run, latest) as stoppable:
+        run.resume(latest)
+        log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
+        for epoch in range(run.epoch, args.epochs):
+            sampler.start(epoch, run.samples_seen)
+            # A generator: each turn of the loop trains one step and adds to run.samples_seen; every tenth has a report.
+            for iteration, report in train_steps(run, ddp_network, train_loader, criterion, schedule, args.amp):
                 if report:
                     write(log, "Train", report, epoch * iterations + iteration)
                 if args.save_every and (iteration + 1) % args.save_every == 0:
-                    save_run(latest, *everything)
-                # CUDA is asynchronous; syncing every step would stall it, so agree only when logging.
-                agree = report or world_size == 1 or device.type == "cpu"
-                if agree and stopping.told_to_stop(received):
-                    save_run(latest, *everything)
-                    stopping.leave(latest, received)
-        except (UnreadableImage, OSError):  # a full disk for the log, perhaps
-            # Whichever process meets it: all have the same parameters (and their own running statistics).
-            save_run(latest, *everything, by=rank)
-            raise
-        distributed.broadcast_buffers(network)
-        save_run(latest, *everything)
-        # Evaluation may take longer than the half minute that torchrun or a cluster leaves a process.
-        stopping.stop_at_once(latest, received)
-        detector = Detector(network, args.model, classes, category_ids, device, args.amp)
-        metrics, _ = evaluate(detector, val_loader, truth, args.nms_threshold)
-        distributed.barrier()  # all in time for the next signal
-        received = stopping.stop_on_signals()
-        if rank == 0:
+                    run.save(latest)
+                stoppable.after_step(report)
+            distributed.broadcast_buffers(network)  # batch norm's statistics differ between processes
+            run.save(latest)  # trained but not evaluated: a run that is stopped below repeats only the evaluation
+            with stoppable.evaluation():
+                detector = Detector(network, args.model, run.classes, run.category_ids, device, args.amp)
+                metrics, _ = evaluate(detector, val_loader, ground_truth, args.nms_threshold)
             print_rank0(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
-            write_images(log, detector, val_set, (epoch + 1) * iterations)
-            tags = {"mAP" if name == "AP" else name: metrics[name] for name in METRICS}
-            write(log, "Test", tags, (epoch + 1) * iterations)
-        progress |= {"epoch": epoch + 1, "samples_seen": 0}
-        if metrics["AP"] >= progress["best_map"]:
-            progress["best_map"] = metrics["AP"]
-            save_run(best, *everything)
-        save_run(latest, *everything)
-        if stopping.told_to_stop(received):
-            stopping.leave(latest, received)
-    measured = f"best mAP {progress['best_map']:.3f}" if progress["best_map"] >= 0 else "no mAP measured"
+            write_evaluation(log, metrics, detector, val_set, (epoch + 1) * iterations)
+            run.epoch, run.samples_seen = epoch + 1, 0
+            if metrics["AP"] >= run.best_ap:
+                run.best_ap = metrics["AP"]
+                run.save(best)
+            run.save(latest)
+    measured = f"best mAP {run.best_ap:.3f}" if run.best_ap >= 0 else "no mAP measured"
     print_rank0(f"{args.epochs} epochs done: {latest}, {measured}")
     distributed.tear_down()
 
 
-def check_sets(train_set, val_set, check_files):
-    """Say what the sets hold and what was repaired; UserError if a file is missing or of another size."""
-    for name, data in (("training", train_set), ("validation", val_set)):
-        if check_files:
-            share = range(distributed.rank(), len(data), distributed.world_size())
-            data.check_files(tqdm(share, f"checking {name} images", disable=distributed.rank() > 0, leave=False))
-        print_rank0(data.describe(name))
+def open_sets(args):
+    """The training and the validation set; UserError if they do not agree, or hold nothing to learn."""
+    encoder = Encoder(make_default_boxes(args.model))
+    size = DEFAULT_BOXES[args.model].input_size
+    train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out, size)
+    val_set = CocoDataset(args.data_path, args.val_set, size=size)
+    check_categories(val_set, train_set.category_ids, train_set.classes, train_set.annotation_file)
+    if not len(train_set.boxes):
+        raise UserError(f"{train_set.describe(train_set.annotation_file)}: no box to learn from; annotate some")
+    for data in (train_set, val_set):
+        data.check_folder()
+    return train_set, val_set
+
+
+def prepare_folders(args, new_checkpoints):
+    """Make the folders that are written to; a new run's checkpoints must not replace what it starts from."""
+    usage.make_folder("--save-folder", args.save_folder)
+    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
+    if args.pretrained_model and new_checkpoints:
+        usage.prepare_outputs([("--save-folder", file) for file in new_checkpoints], [args.pretrained_model])
 
 
 def make_loaders(args, train_set, val_set, sampler, device):
@@ -229,37 +190,6 @@ def learning_rate(args, iterations, world_size, epoch, iteration):
     warmup = min(300, iterations) if args.warmup is None else args.warmup
     lr *= min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
     return lr * 0.1 ** sum(epoch >= last for last in args.multistep)
-
-
-def open_log(args, step, samples_seen):
-    """TensorBoard's writer on rank 0; what an earlier run logged after `step` is hidden."""
-    if distributed.rank() > 0:
-        return None
-    # At the end of an epoch the metrics of its evaluation are at `step` itself, and stay.
-    evaluated = step > 0 and samples_seen == 0
-    return SummaryWriter(Path(args.log_path) / args.model, purge_step=step + int(evaluated))
-
-
-def write(log, group, numbers, step):
-    """Write {tag: number} to TensorBoard."""
-    if log:
-        for tag, number in numbers.items():
-            log.add_scalar(f"{group}/{tag}", number, step)
-        log.flush()
-
-
-def write_images(log, detector, val_set, step, count=4):
-    """Show the first validation images in TensorBoard: what is found, and the truth to its right."""
-    indices = range(min(count, len(val_set)))
-    images = [val_set[index][0] for index in indices]  # at the network's size
-    sizes = torch.full((len(images), 2), detector.size)
-    found = detector.detect_resized(torch.from_numpy(np.stack(images)), sizes, score_threshold=0.3)
-    for index, image, one in zip(indices, images, found, strict=True):
-        boxes, labels = val_set.objects(index)  # of its own categories, perhaps fewer
-        labels = np.searchsorted(detector.category_ids, np.take(val_set.category_ids, labels - 1))
-        drawn = draw_detections(image, **one, classes=detector.classes)
-        truth = draw_detections(image, boxes * detector.size, labels + 1, None, detector.classes)
-        log.add_image(f"Test/Image_{index}", np.hstack([drawn, truth]), step, dataformats="HWC")
 
 
 if __name__ == "__main__":

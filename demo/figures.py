@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from src import usage
-from src.annotations import ground_truth
+from src.annotations import load_ground_truth
 from src.boxes import DEFAULT_BOXES, Encoder, box_cxcywh_to_xyxy, make_default_boxes, pairwise_iou
 from src.dataset import CocoDataset
 from src.detector import Detector
@@ -450,9 +450,9 @@ def before_and_after_nms(data, rng, detector):
 def precision_recall(data, detector):
     """Precision over recall at IoU 0.5: AP of one class, and all classes; pycocotools' own curves."""
     loader = torch.utils.data.DataLoader(data, batch_size=8)
-    truth = ground_truth(data.annotation_file)
+    truth = load_ground_truth(data.annotation_file)
     _, detections = evaluate(detector, loader, truth)
-    coco_eval = run_coco_eval(truth, detections)
+    coco_eval = run_coco_eval(truth, detections, detector.category_ids)
     recall, (t,) = coco_eval.params.recThrs, np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))
     curves = coco_eval.eval["precision"][t, :, :, 0, -1]  # recall, class; all sizes, 100 boxes
     present = np.flatnonzero((curves > -1).all(axis=0))
@@ -544,7 +544,7 @@ def main():
         return np.random.default_rng(args.seed)
 
     torch.manual_seed(args.seed)
-    model = detector.model if detector else build_model(name, len(train_set.classes), False)
+    model = detector.network if detector else build_model(name, len(train_set.classes), False)
     image = train_set.read(pick(train_set, rng(), 1, fewest=3, most=6)[0])
     for each in DEFAULT_BOXES:
         draw(network, each, len(train_set.classes), image, file=f"network_{each}.png")

@@ -51,7 +51,8 @@ def read_annotations(path):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise UserError(f"{path}: has no list {key!r}, as COCO's object detection files do")
     sizes, categories = check_entries(path, data)
-    repairs, kept = Counter(), []
+    repairs = Counter()
+    kept = []
     for index, annotation in enumerate(data["annotations"]):
         try:
             for key, known in (("category_id", categories), ("image_id", sizes)):
@@ -183,7 +184,7 @@ def remark(data, repairs):
 
 
 @no_garbage_collection()
-def ground_truth(path):
+def load_ground_truth(path):
     """The repaired annotations as pycocotools wants them."""
     return as_coco(read_annotations(path)[0])
 

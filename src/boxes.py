@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torchvision.ops import nms
 
+# SSD section 3.7 has 0.01 and 0.45.
+SCORE_THRESHOLD = 0.01  # of what counts as a detection
+NMS_THRESHOLD = 0.5  # IoU above which the weaker of two boxes of a class is removed
+
 
 @dataclass(frozen=True)
 class DefaultBoxes:
@@ -54,7 +58,8 @@ def make_default_boxes(name):
 
     Order, the same as the heads': map, then shape, then row, then column. SSD section 2.2.
     """
-    constants, boxes = DEFAULT_BOXES[name], []
+    constants = DEFAULT_BOXES[name]
+    boxes = []
     for k, (cells, stride) in enumerate(zip(constants.feature_maps, constants.strides, strict=True)):
         size, next_size = constants.sizes[k], constants.sizes[k + 1]
         shapes = [(size, size), (math.sqrt(size * next_size),) * 2]
@@ -132,7 +137,7 @@ class Encoder:
         cls_targets[matched] = labels[owner]
         return loc_targets, cls_targets
 
-    def decode(self, loc, cls_logits, score_threshold=0.01, nms_threshold=0.5, max_detections=200):
+    def decode(self, loc, cls_logits, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD, max_detections=200):
         """Turn raw outputs into detections (SSD section 2.2 and "inference" of section 3.7).
 
         loc (B, D, 4), cls_logits (B, D, C) -> list of B dicts: boxes (K, 4) xyxy in [0, 1],

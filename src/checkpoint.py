@@ -1,4 +1,4 @@
-"""Checkpoints: start, resume and save a run; read ours and the published ones.
+"""Checkpoints: a run, which is saved and resumed; its start; reading ours and published ones.
 
 Nothing that is read is ever executed.
 """
@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,35 +15,12 @@ from torch import nn
 
 from src import distributed
 from src.boxes import DEFAULT_BOXES
-from src.distributed import print_rank0
+from src.classes import COCO_CATEGORY_IDS, COCO_CLASSES, OTHER_NAME, VOC_CLASSES
+from src.distributed import is_main_process, print_rank0
 from src.model import IMAGENET_WEIGHTS, MODELS, build_model
 from src.transform import IMAGENET_MEAN, IMAGENET_STD
 from src.usage import UserError, is_lfs_pointer
 
-# COCO's 80 classes in the order of their category ids, which run from 1 to 90 with ten gaps.
-COCO_CLASSES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
-    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
-    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
-    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,"
-    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
-).split(",")
-COCO_CATEGORY_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
-VOC_CLASSES = (
-    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,"
-    "motorbike,person,pottedplant,sheep,sofa,train,tvmonitor"
-).split(",")
-VOC_TO_COCO = {
-    "aeroplane": "airplane",
-    "diningtable": "dining table",
-    "motorbike": "motorcycle",
-    "pottedplant": "potted plant",
-    "sofa": "couch",
-    "tvmonitor": "tv",
-}
-OTHER_NAME = VOC_TO_COCO | {coco: voc for voc, coco in VOC_TO_COCO.items()}
 # The networks of qfgaohao/pytorch-ssd, each with a parameter that none of those below it has.
 QFGAOHAO_NETWORKS = {
     "base_net.3.squeeze.weight": "sq-ssd-lite",
@@ -55,44 +33,93 @@ QFGAOHAO_NETWORKS = {
 OUR_KEYS = ("model_state_dict", "classes", "category_ids")
 
 
-def find_stopped_run(file, options):
-    """Return the checkpoint of a run to resume, or None; say where it was, and which options changed."""
-    stopped = load_checkpoint(file) if file.exists() else None
-    if stopped and "optimizer" not in stopped:
-        raise UserError(
-            f"{file}: has no optimizer state, so it cannot be resumed; move it away, and give it as"
-            " --pretrained-model to start from it"
-        )
-    place = [stopped["epoch"], stopped["samples_seen"]] if stopped else [-1, 0]
-    if distributed.all_reduce(place) != [distributed.world_size() * value for value in place]:
-        raise UserError(f"{file}: differs between processes: --save-folder must be storage that all machines share")
-    if stopped:
-        print_rank0(f"resuming from {file}: {place[0]} epochs, {place[1]} images")
-        for option, value in options.items():
-            if stopped["args"].get(option, value) != value:
-                print_rank0(f"changed since: {option} was {stopped['args'][option]}, is {value}")
-        if stopped["epoch"] >= options["epochs"]:
-            print_rank0("nothing left to train: raise --epochs, or give another --save-folder")
-    return stopped
+@dataclass
+class Run:
+    """What a training run is, and what its checkpoints hold."""
 
+    model: str  # "ssd" or "ssdlite"
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    classes: list  # names, index 0 "background"
+    category_ids: list  # label k is category category_ids[k - 1]
+    options: dict  # of the command line
+    epoch: int = 0  # epochs finished
+    samples_seen: int = 0  # images of the epoch under way that were trained on, by all processes
+    best_ap: float = -1.0  # the highest AP so far
 
-def start_network(args, stopped, classes):
-    """The network to train: as the checkpoint `stopped` left it, to be fine-tuned, or new."""
-    pretrained = not (stopped or args.pretrained_model or args.no_pretrained_backbone)
-    pretrained = pretrained and distributed.rank() == 0  # DDP hands rank 0's weights to all
-    network = with_imagenet(args.model, len(classes)) if pretrained else build_model(args.model, len(classes), False)
-    source = stopped or (args.pretrained_model and load_checkpoint(args.pretrained_model))
-    if source and source["model"] != args.model:
-        raise UserError(f"the checkpoint is of {source['model']}: use --model {source['model']}")
-    if stopped:
-        if stopped["classes"] != classes:
+    def save(self, file, rank=0):
+        """Write the checkpoint from process `rank`; UserError if a weight is not finite."""
+        if not all(values.isfinite().all() for values in self.network.state_dict().values()):
             raise UserError(
-                f"{args.save_folder}: holds a run on {len(stopped['classes']) - 1} other classes"
-                f" ({', '.join(stopped['classes'][1:4])}, ...): give another --save-folder"
+                f"weights not finite in epoch {self.epoch + 1} after {self.samples_seen} images,"
+                f" so not saved: lower --lr; {file} is as it was"
             )
-        load_weights(network, stopped["model_state_dict"], args.save_folder)
-    elif source:
-        print_rank0(fine_tune_from(network, source, classes, args.pretrained_model))
+        state = {
+            "model": self.model,
+            "model_state_dict": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "samples_seen": self.samples_seen,
+            "best_map": self.best_ap,
+            "classes": self.classes,
+            "category_ids": self.category_ids,
+            "args": self.options,
+        }
+        if distributed.rank() == rank:
+            save_checkpoint(file, state)
+
+    def resume(self, file):
+        """Continue the run saved in `file`, if it exists; says where it was and which options changed. Collective.
+
+        UserError if the file is not a run of this model on these classes.
+        """
+        checkpoint = load_checkpoint(file) if file.exists() else None
+        if checkpoint and "optimizer" not in checkpoint:
+            raise UserError(
+                f"{file}: has no optimizer state, so it cannot be resumed; move it away, and give it as"
+                " --pretrained-model to start from it"
+            )
+        place = [checkpoint["epoch"], checkpoint["samples_seen"]] if checkpoint else [-1, 0]
+        if distributed.all_reduce(place) != [distributed.world_size() * value for value in place]:
+            raise UserError(f"{file}: differs between processes: --save-folder must be storage that all machines share")
+        if not checkpoint:
+            return
+        if checkpoint["model"] != self.model:
+            raise UserError(f"the checkpoint is of {checkpoint['model']}: use --model {checkpoint['model']}")
+        if checkpoint["classes"] != self.classes:
+            raise UserError(
+                f"{file.parent}: holds a run on {len(checkpoint['classes']) - 1} other classes"
+                f" ({', '.join(checkpoint['classes'][1:4])}, ...): give another --save-folder"
+            )
+        load_weights(self.network, checkpoint["model_state_dict"], file)
+        # The momentum is the checkpoint's; learning rate, weight decay and so on are the command line's.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+        if checkpoint["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch, self.samples_seen, self.best_ap = (checkpoint[key] for key in ("epoch", "samples_seen", "best_map"))
+        print_rank0(f"resuming from {file}: {self.epoch} epochs, {self.samples_seen} images")
+        for option, value in self.options.items():
+            before = checkpoint["args"].get(option, value)
+            if before != value:
+                print_rank0(f"changed since: {option} was {before}, is {value}")
+        if self.epoch >= self.options["epochs"]:
+            print_rank0("nothing left to train: raise --epochs, or give another --save-folder")
+
+
+def start_network(args, classes, resuming):
+    """The network of a new run: with ImageNet's weights, or those to fine-tune; one to be resumed brings its own."""
+    imagenet = not (resuming or args.pretrained_model or args.no_pretrained_backbone)
+    if imagenet and is_main_process():  # DDP hands rank 0's weights to all
+        return with_imagenet(args.model, len(classes))
+    network = build_model(args.model, len(classes), pretrained_backbone=False)
+    if args.pretrained_model and not resuming:
+        checkpoint = load_checkpoint(args.pretrained_model)
+        if checkpoint["model"] != args.model:
+            raise UserError(f"the checkpoint is of {checkpoint['model']}: use --model {checkpoint['model']}")
+        print_rank0(fine_tune_from(network, checkpoint, classes, args.pretrained_model))
     return network
 
 
@@ -110,18 +137,6 @@ def with_imagenet(model, num_classes):
         if hashlib.sha256(file.read_bytes()).hexdigest().startswith(file.stem.rpartition("-")[2]):
             raise  # the file is as it should be
         raise UserError(f"{file}: cut short, or not the weights of that name: delete it, and start again") from error
-
-
-def save_run(file, progress, network, optimizer, scaler, by=0):
-    """Write a run's checkpoint from process `by`; UserError if a weight is not finite."""
-    if not all(values.isfinite().all() for values in network.state_dict().values()):
-        raise UserError(
-            f"weights not finite in epoch {progress['epoch'] + 1} after {progress['samples_seen']} images,"
-            f" so not saved: lower --lr; {file} is as it was"
-        )
-    if distributed.rank() == by:
-        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_checkpoint(file, progress | {"model_state_dict": network.state_dict()} | states)
 
 
 def save_checkpoint(path, state):
@@ -149,7 +164,7 @@ def load_checkpoint(path):
     """Read a checkpoint, ours or a published one, as a dict with our keys.
 
     At least `model` (name), `model_state_dict`, `classes` and `category_ids`, all on the CPU, and
-    `layout`, a line for the user. Raises UserError for what is none.
+    `origin`, a line for the user. Raises UserError for what is none.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; train one, or give its path")
@@ -177,7 +192,7 @@ def load_checkpoint(path):
             raise UserError(f"{path}: model {state['model']!r}, missing {missing}: not one of ours")
         if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's
             state["model_state_dict"].setdefault("backbone.mean", torch.zeros(3, 1, 1))
-        return state | {"layout": f"checkpoint of this project, {state['model']}"}
+        return state | {"origin": f"checkpoint of this project, {state['model']}"}
     return read_published(state, path)
 
 
@@ -186,18 +201,18 @@ def read_published(state, path):
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
     if isinstance(state.get("model"), dict):  # NVIDIA's SSD-ResNet50: {"model": weights, "label_map": names, ...}
         model, weights, names = "ssd", state["model"], names_from(state.get("label_map"), path)
-        layout = "published SSD-ResNet50, 'model'" + " with 'label_map'" * ("label_map" in state)
+        origin = "published SSD-ResNet50, 'model'" + (" with 'label_map'" if "label_map" in state else "")
     elif isinstance(state.get("model_state_dict"), dict):  # uvipen's SSD-ResNet50: {"model_state_dict": weights, ...}
         model, weights, names = "ssd", state["model_state_dict"], names_from(state.get("label_map"), path)
-        layout = "published SSD-ResNet50, 'model_state_dict'"
+        origin = "published SSD-ResNet50, 'model_state_dict'"
     elif isinstance(state.get("classification_headers.5.bias"), torch.Tensor):  # qfgaohao's SSDLite: bare weights
         refuse_other_networks(state, path)
         num_classes = state["classification_headers.5.bias"].numel() // DEFAULT_BOXES["ssdlite"].per_cell[-1]
         if num_classes < 2:
             raise UserError(f"{path}: no class in its classification headers; use another")
         model, weights = "ssdlite", convert_qfgaohao(state, num_classes, path)
-        names, origin = names_beside(path, num_classes - 1)
-        layout = f"published SSDLite-MobileNetV2, {origin}"
+        names, source = names_beside(path, num_classes - 1)
+        origin = f"published SSDLite-MobileNetV2, {source}"
     else:
         raise UserError(
             f"{path}: keys {sorted(map(str, state))[:6]} are of no known checkpoint;"
@@ -208,7 +223,7 @@ def read_published(state, path):
         "model_state_dict": {k.removeprefix("module."): v for k, v in weights.items()},
         "classes": ["background", *names],
         "category_ids": COCO_CATEGORY_IDS if names == COCO_CLASSES else list(range(1, 1 + len(names))),
-        "layout": layout,
+        "origin": origin,
     }
 
 
@@ -290,14 +305,14 @@ def convert_qfgaohao(published, num_classes, path):
 
 def network_from(checkpoint, path):
     """Build the network of a loaded checkpoint and load its weights, wholly or not at all."""
-    model = build_model(checkpoint["model"], len(checkpoint["classes"]), pretrained_backbone=False)
-    load_weights(model, checkpoint["model_state_dict"], path)
-    return model
+    network = build_model(checkpoint["model"], len(checkpoint["classes"]), pretrained_backbone=False)
+    load_weights(network, checkpoint["model_state_dict"], path)
+    return network
 
 
-def load_weights(model, weights, path):
-    """Load `weights` into `model`; UserError with the names where they do not fit exactly."""
-    wanted = model.state_dict()
+def load_weights(network, weights, path):
+    """Load `weights` into `network`; UserError with the names where they do not fit exactly."""
+    wanted = network.state_dict()
     if not all(isinstance(values, torch.Tensor) for values in weights.values()):
         raise UserError(f"{path}: its weights are not all tensors; use another")
     misfits = {
@@ -314,35 +329,36 @@ def load_weights(model, weights, path):
         raise UserError(
             f"{path}: does not fit the model: "
             + "; ".join(
-                f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+                f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                 for kind, names in misfits.items()
             )
         )
-    model.load_state_dict(weights)
+    network.load_state_dict(weights)
 
 
-def fine_tune_from(model, checkpoint, classes, path):
-    """Fill `model` for another task; returns one line that says what was taken.
+def fine_tune_from(network, checkpoint, classes, path):
+    """Load a checkpoint's weights into a network for other `classes`; returns a line to print: what was taken.
 
     Rows of the class heads follow the names of the classes, VOC's or COCO's; only those of new names
     start fresh.
     """
     known = checkpoint["classes"]
-    source = type(model)(model.default_boxes, len(known), pretrained_backbone=False)
+    source = type(network)(network.default_boxes, len(known), pretrained_backbone=False)
     load_weights(source, checkpoint["model_state_dict"], path)
-    weights, own = source.state_dict(), model.state_dict()
+    weights = source.state_dict()
+    fresh_weights = network.state_dict()
     # Row 0 is ours; a category of the user's may be called "background", too.
     names = [name if name in known[1:] else OTHER_NAME.get(name) for name in classes]  # as the checkpoint has them
     here = [0, *(n for n, name in enumerate(names) if n > 0 and name in known[1:])]
     there = [0, *(known.index(names[n], 1) for n in here[1:])]
-    for layer, module in model.named_modules():
+    for layer, module in network.named_modules():
         # The layer that classifies, in either model: a head's only convolution with a bias.
         if layer.startswith("conf.") and isinstance(module, nn.Conv2d) and module.bias is not None:
             for name in (f"{layer}.weight", f"{layer}.bias"):  # rows: class * k + shape
-                rows = own[name].unflatten(0, (len(classes), -1)).clone()
+                rows = fresh_weights[name].unflatten(0, (len(classes), -1)).clone()
                 rows[here] = weights[name].unflatten(0, (len(known), -1))[there]
                 weights[name] = rows.flatten(0, 1)
-    model.load_state_dict(weights)
+    network.load_state_dict(weights)
     fresh = [name for n, name in enumerate(classes) if n not in here]
-    told = f"these start fresh: {', '.join(fresh)}" if fresh else "none starts fresh"
-    return f"{path}: loaded ({checkpoint['layout']}), class heads by name, {told}"
+    heads = f"these start fresh: {', '.join(fresh)}" if fresh else "none starts fresh"
+    return f"{path}: loaded ({checkpoint['origin']}), class heads by name, {heads}"

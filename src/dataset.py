@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from src import distributed
 from src.annotations import annotation_file, no_garbage_collection, read_annotations, trained_on
+from src.classes import to_labels
 from src.images import image_size, read_image
 from src.transform import augment, resize
 from src.usage import UnreadableImage, UserError, quoted
@@ -45,14 +48,14 @@ class CocoDataset(Dataset):
         """Objects to train on, by image: those of image i are rows starts[i] to starts[i+1]."""
         annotations = [a for a in annotations if trained_on(a)]
         ids = np.array([a["image_id"] for a in annotations], np.int64)
-        labels = np.array([a["category_id"] for a in annotations], np.int64)
+        categories = np.array([a["category_id"] for a in annotations], np.int64)
         boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
         rows = np.searchsorted(self.image_ids, ids)
         order = np.argsort(rows, kind="stable")
         boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
         boxes /= np.tile(self.sizes[rows], 2)
         self.boxes = boxes.astype(np.float32)[order]
-        self.labels = (np.searchsorted(self.category_ids, labels) + 1)[order]
+        self.labels = to_labels(categories, self.category_ids)[order]
         self.starts = np.searchsorted(rows[order], np.arange(len(self.image_ids) + 1))
 
     def __len__(self):
@@ -60,8 +63,8 @@ class CocoDataset(Dataset):
 
     def describe(self, name):
         """What the set holds and what was repaired, in one line; each remark on its annotations in one more."""
-        told = [f"{count} {what}" for what, count in self.repairs.items()]
-        repairs, remarks = ([one for one in told if (": " in one) == is_remark] for is_remark in (False, True))
+        lines = [f"{count} {what}" for what, count in self.repairs.items()]
+        repairs, remarks = ([line for line in lines if (": " in line) == is_remark] for is_remark in (False, True))
         holds = f"{len(self)} images, {len(self.boxes)} boxes of {len(self.classes) - 1} classes"
         return "\n".join(f"{name}: {line}" for line in [", ".join([holds, *repairs]), *remarks])
 
@@ -105,13 +108,15 @@ class CocoDataset(Dataset):
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such folder; --data-path must hold annotations/ and it")
 
-    def check_files(self, indices):
-        """UserError if one of these images is missing, or not of the size in the annotation file.
+    def check_files(self, name):
+        """UserError if an image of this process's share is missing, or not of the size in the annotation file.
 
         Opens the files, but decodes only those whose header shows another size (EXIF turns them).
+        name: of the set, for the progress bar.
         """
         missing = []
-        for index in indices:
+        share = range(distributed.rank(), len(self), distributed.world_size())
+        for index in tqdm(share, f"checking {name} images", disable=not distributed.is_main_process(), leave=False):
             path = self.path(index)
             if not os.path.isfile(path):  # unlike path.is_file() of names of any length
                 missing.append(os.fsdecode(self.file_names[index]))

@@ -7,46 +7,45 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes
+from src.boxes import DEFAULT_BOXES, NMS_THRESHOLD, SCORE_THRESHOLD, Encoder, make_default_boxes
 from src.checkpoint import load_checkpoint, network_from
+from src.distributed import choose_device
 from src.transform import normalize, resize
+
+SHOW_THRESHOLD = 0.3  # lowest score of what is shown
 
 
 class Detector:
     """detector(images) -> detections; `Detector.load(path)` makes one from a checkpoint.
 
-    The model is copied, its batch norms folded. `classes` are the names, index 0 "background";
-    label k is COCO category `category_ids[k - 1]`; a loaded one has `layout`, which says what
-    kind of checkpoint it was.
+    The network is copied, its batch norms folded; `name` is "ssd" or "ssdlite". `classes` are the names,
+    index 0 "background"; label k is COCO category `category_ids[k - 1]`; `origin` says for the user
+    where the weights are from.
     """
 
-    def __init__(self, model, name, classes, category_ids, device=None, amp=False):
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+    def __init__(self, network, name, classes, category_ids, device=None, amp=False, origin="a network in memory"):
+        self.device = choose_device(device)
         self.dtype = torch.get_autocast_dtype(self.device.type) if amp else torch.float32
-        model = fold_batch_norm(copy.deepcopy(model).eval())
-        for module in model.modules():
+        network = fold_batch_norm(copy.deepcopy(network).eval())
+        for module in network.modules():
             if isinstance(module, nn.ReLU6):
                 module.inplace = True  # faster, and nothing is trained here
-        self.model = model.to(self.device, self.dtype, memory_format=torch.channels_last)
+        self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.encoder = Encoder(make_default_boxes(name).to(self.device))
         self.size = DEFAULT_BOXES[name].input_size
-        self.name, self.classes, self.category_ids = name, classes, category_ids
+        self.name, self.classes, self.category_ids, self.origin = name, classes, category_ids, origin
 
     @classmethod
     def load(cls, path, device=None, amp=False):
-        """Detector of the checkpoint at `path`; device defaults to the GPU where there is one.
+        """Detector of the checkpoint at `path`; device: as `choose_device` takes it.
 
         amp: half precision (float16 on a GPU, bfloat16 on a CPU). UserError if it cannot be loaded.
         """
         state = load_checkpoint(path)
-        model = network_from(state, path)
-        detector = cls(model, state["model"], state["classes"], state["category_ids"], device, amp)
-        detector.layout = state["layout"]
-        return detector
+        network = network_from(state, path)
+        return cls(network, state["model"], state["classes"], state["category_ids"], device, amp, state["origin"])
 
-    def __call__(self, images, score_threshold=0.01, nms_threshold=0.5):
+    def __call__(self, images, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD):
         """Detect in a list of (H, W, 3) uint8 RGB images of any sizes.
 
         Returns a list of {boxes (K, 4) float32 xyxy in pixels, labels (K,) int64 from 1, scores
@@ -59,17 +58,17 @@ class Detector:
         return self.detect_resized(pixels, sizes, score_threshold, nms_threshold)
 
     @torch.inference_mode()
-    def detect_resized(self, pixels, sizes, score_threshold=0.01, nms_threshold=0.5):
+    def detect_resized(self, pixels, sizes, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD):
         """The same for images at the network's size: pixels (B, size, size, 3) uint8.
 
         sizes (B, 2): width and height in pixels that the boxes are scaled to.
         """
         images = normalize(pixels.to(self.device, non_blocking=True)).to(self.dtype)
-        loc, cls_logits = self.model(images)
+        loc, cls_logits = self.network(images)
         found = self.encoder.decode(loc, cls_logits, score_threshold, nms_threshold)
-        found = [{key: value.cpu() for key, value in one.items()} for one in found]
-        for one, size in zip(found, sizes, strict=True):
-            one["boxes"] = one["boxes"] * size.repeat(2)
+        found = [{key: value.cpu() for key, value in detections.items()} for detections in found]
+        for detections, size in zip(found, sizes, strict=True):
+            detections["boxes"] = detections["boxes"] * size.repeat(2)
         return found
 
 

@@ -1,4 +1,4 @@
-"""Rank, world size, set-up and gathering: the little that train.py needs to know of processes."""
+"""The device, and the processes: rank, world size, set-up, all_reduce, all_gather."""
 
 import contextlib
 import os
@@ -20,14 +20,34 @@ from src.usage import UserError
 TIMEOUT = timedelta(minutes=10)
 
 
-def set_up():
+def choose_device(name=None, local_rank=0):
+    """The torch.device called `name`: "cpu", "cuda", "cuda:1" or "mps"; default: the CUDA GPU if there is one.
+
+    "cuda" is GPU number `local_rank`. UserError if `name` is not a device, or not here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: unknown; give cpu, cuda, cuda:1 for the second GPU, or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: none here; leave --device out")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= count:
+            raise UserError(f"--device {device}: of {count} GPUs, counted from 0: use another, or fewer processes")
+    return device
+
+
+def set_up(device_name=None):
     """Join the processes that torchrun started, if it did; return this process's device."""
     check_environment()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and device_name not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device_name}: several processes cannot share it; give cuda, or one process")
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{torch.cuda.device_count()} GPUs here: use no more processes")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         # gloo carries Python objects and flags, NCCL the gradients.
@@ -109,7 +129,7 @@ def tear_down():
 
 
 def rank():
-    """Number of this process, 0 for the one that writes files."""
+    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -118,9 +138,14 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_main_process():
+    """True for the process that prints and writes files."""
+    return rank() == 0
+
+
 def print_rank0(text):
-    """Print from one process only."""
-    if rank() == 0:
+    """Print from the main process only."""
+    if is_main_process():
         print(text, flush=True)
 
 
@@ -164,7 +189,7 @@ def all_gather(value):
 
 
 def maybe_ddp(network):
-    """The network to call in training: with several processes inside DDP, all with rank 0's weights and buffers."""
+    """The network inside DDP, with rank 0's weights and buffers in all processes; itself if there is only one."""
     if world_size() == 1:
         return network
     barrier()

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from src import distributed
 from src.annotations import as_coco
+from src.boxes import NMS_THRESHOLD, SCORE_THRESHOLD
+from src.classes import to_category_ids
 from src.transform import normalize
 from src.usage import UserError
 from src.voc_metric import VOC_METRICS, has_difficult, voc_metrics
@@ -23,8 +25,8 @@ LOG_EVERY = 10  # steps; losses are read, which waits for the device, only this 
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
-def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=1.0, stopped=None):
-    """SGD, as checkpoint `stopped` left it; no weight decay on biases and batch norm.
+def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=1.0):
+    """SGD; no weight decay on biases and batch norm.
 
     A parameter group's "lr_factor" multiplies the learning rate of every step.
     """
@@ -44,38 +46,37 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
         for in_backbone in (True, False)
     ]
     optimizer = torch.optim.SGD(groups, lr, momentum=momentum, fused=True)
-    if stopped:  # momentum from there, options from the command line
-        options = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(stopped["optimizer"] | {"param_groups": options})
-    else:
-        # Fused SGD leaves its buffers uninitialized if GradScaler skips the very first step.
-        for p in network.parameters():
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    # Fused SGD leaves its buffers uninitialized if GradScaler skips the very first step.
+    for p in network.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
-def train_steps(model, loader, criterion, optimizer, scaler, epoch, first_iteration, learning_rate, amp):
-    """Train on what is left of an epoch; yields (iteration, report) after every step.
+def train_steps(run, model, loader, criterion, learning_rate, amp=False):
+    """Train on what is left of an epoch: a generator that takes a step each time it is asked for the next.
 
-    loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets (B, D) and
-    image ids (B,); learning_rate(epoch, iteration) -> float, which a parameter group's "lr_factor"
-    multiplies. After every LOG_EVERY steps report is {tag: number}, losses averaged since the last
-    one; otherwise None. Raises UserError on a loss that is not finite.
+    run has network, optimizer, scaler, epoch and samples_seen, which counts on; model is its network,
+    in DDP perhaps; loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets
+    (B, D) and image ids (B,); learning_rate(epoch, iteration) -> float, which a parameter group's
+    "lr_factor" multiplies.
+    Yields (iteration, report): after every LOG_EVERY steps report is {tag: number}, losses averaged
+    since the last one; otherwise None. Raises UserError on a loss that is not finite.
     """
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
             module.eval()  # frozen
     device = next(model.parameters()).device
-    last = first_iteration + len(loader) - 1
-    recent = []  # (losses, image ids) of each step since the last log line
+    recent = []  # (losses, image ids) of each step since the last report
     waited = 0.0  # seconds since then in which there was no batch to work on
     clock = ready = time.perf_counter()
-    bar = tqdm(loader, f"epoch {epoch + 1}", disable=distributed.rank() > 0, leave=False)
-    for iteration, (images, loc_targets, cls_targets, ids) in enumerate(bar, first_iteration):
+    bar = tqdm(loader, f"epoch {run.epoch + 1}", disable=not distributed.is_main_process(), leave=False)
+    for number, (images, loc_targets, cls_targets, ids) in enumerate(bar, start=1):
         waited += time.perf_counter() - ready
-        lr = learning_rate(epoch, iteration)
-        for group in optimizer.param_groups:
+        per_step = len(ids) * distributed.world_size()
+        iteration = run.samples_seen // per_step
+        lr = learning_rate(run.epoch, iteration)
+        for group in run.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         images = normalize(images.to(device, non_blocking=True))
         loc_targets = loc_targets.to(device, non_blocking=True)
@@ -83,22 +84,22 @@ def train_steps(model, loader, criterion, optimizer, scaler, epoch, first_iterat
         with torch.autocast(device.type, enabled=amp):  # float16 on a GPU, bfloat16 on a CPU
             loc, cls_logits = model(images)
         loc_loss, cls_loss = criterion(loc, cls_logits, loc_targets, cls_targets)  # in float32
-        optimizer.zero_grad()
-        scaler.scale(loc_loss + cls_loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        run.optimizer.zero_grad()
+        run.scaler.scale(loc_loss + cls_loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.samples_seen += per_step
 
         report = None
         recent.append((torch.stack([loc_loss, cls_loss]).detach(), ids))
-        if (iteration + 1) % LOG_EVERY == 0 or iteration == last:
+        if (iteration + 1) % LOG_EVERY == 0 or number == len(loader):
             distributed.barrier()
             losses = torch.stack([losses for losses, _ in recent]).tolist()  # waits for the device
             means = mean_losses(losses)  # of all processes, so that all stop at what is not finite
             if not math.isfinite(means["Loss"]):
-                raise non_finite_error(losses, [ids for _, ids in recent], epoch, iteration)
-            images_seen = len(losses) * len(ids) * distributed.world_size()
+                raise non_finite_error(losses, [ids for _, ids in recent], run.epoch, iteration)
             seconds = time.perf_counter() - clock
-            report = means | {"LR": lr, "Images_per_second": images_seen / seconds}
+            report = means | {"LR": lr, "Images_per_second": len(losses) * per_step / seconds}
             text = "loss {Loss:.3f}, lr {LR:.2e}, {Images_per_second:.1f} images/s"
             data = f", data {waited / len(losses):.3f} of {seconds / len(losses):.3f} s/step"
             bar.set_postfix_str(text.format(**report) + data)
@@ -126,80 +127,55 @@ def non_finite_error(losses, image_ids, epoch, iteration):
     return UserError(f"loss of another process not finite in epoch {epoch + 1}: see its message")
 
 
-def evaluate(detector, loader, truth, nms_threshold=0.5):
-    """COCO metrics of a Detector on the images of `loader`; each process detects and judges its share.
+def evaluate(detector, loader, ground_truth, nms_threshold=NMS_THRESHOLD):
+    """Detect in the images of `loader` and measure; each process takes its share of the images.
 
-    loader yields images (B, 300, 300, 3) uint8, image ids (B,) and sizes (B, 2) in pixels; truth
-    is pycocotools' COCO. Returns, in every process, metrics (the twelve and "per_class"; "VOC07" and
-    "VOC10" if `truth` says which objects are difficult) and detections (N, 7) float64: image id, x, y,
-    w, h in pixels, score, category id.
+    loader yields images (B, 300, 300, 3) uint8, image ids (B,) and sizes (B, 2) in pixels; ground_truth
+    is pycocotools' COCO. Returns, in every process, the metrics, as `compute_metrics` does, and the
+    detections of all images, {image id: {boxes (K, 4) xyxy in pixels, labels (K,), scores (K,)}}.
     SSD section 3.7: scores above 0.01, NMS, the best 200 per image.
     """
-    rows = [np.zeros((0, 7))]
-    quiet = distributed.rank() > 0
-    for images, image_ids, sizes in tqdm(loader, "evaluate", disable=quiet, leave=False):
-        found = detector.detect_resized(images, sizes, 0.01, nms_threshold)
-        for one, image_id in zip(found, image_ids.tolist(), strict=True):
-            boxes = one["boxes"].double()
-            boxes[:, 2:] -= boxes[:, :2]  # xyxy -> COCO's xywh
-            categories = torch.tensor(detector.category_ids)[one["labels"] - 1]
-            columns = [torch.full_like(one["scores"], image_id, dtype=torch.float64), *boxes.T]
-            rows.append(torch.stack([*columns, one["scores"], categories], dim=1).numpy())
-    detections = np.concatenate(distributed.all_gather(np.concatenate(rows)))
-    detections = detections[np.argsort(detections[:, 0], kind="stable")]
-    metrics = coco_metrics(truth, detections)
-    if has_difficult(truth):
-        metrics |= voc_metrics(truth, detections)
-    return metrics, detections
+    share = {}
+    for images, image_ids, sizes in tqdm(loader, "evaluate", disable=not distributed.is_main_process(), leave=False):
+        found = detector.detect_resized(images, sizes, SCORE_THRESHOLD, nms_threshold)
+        share.update(zip(image_ids.tolist(), found, strict=True))
+    detections = {}
+    for part in distributed.all_gather(share):
+        detections.update(part)
+    return compute_metrics(ground_truth, detections, detector.category_ids), detections
 
 
-def coco_results(detections):
-    """Detections (N, 7) as a list of dicts in COCO's results format."""
-    return [
-        {"image_id": int(image), "category_id": int(category), "bbox": box, "score": score}
-        for image, *box, score, category in detections.tolist()
-    ]
+def compute_metrics(ground_truth, detections, category_ids):
+    """COCO's metrics of {image id: detections}: the twelve and "per_class", {class name: AP}; collective.
 
-
-def split_categories(categories, detections, shares):
-    """Categories as `shares` lists that pycocotools judges in about the same time.
-
-    It takes detections one by one: those with most are dealt first, each to the smallest share.
+    Also "VOC07" and "VOC10" if `ground_truth` says which objects are difficult.
     """
-    counts = Counter(detections[:, 6].tolist())
-    dealt = [[] for _ in range(shares)]
-    for category in sorted(categories, key=lambda category: (-counts[category], category)):
-        min(dealt, key=lambda share: sum(1 + counts[one] for one in share)).append(category)
-    return dealt
+    coco_eval = run_coco_eval(ground_truth, detections, category_ids)
+    precision = coco_eval.eval["precision"]  # IoU, recall, class, area, detections
+    per_class = {}
+    for k, category in enumerate(ground_truth.loadCats(coco_eval.params.catIds)):
+        values = precision[:, :, k, 0, -1]
+        if (values > -1).any():  # a class without an object has no AP
+            per_class[category["name"]] = float(values[values > -1].mean())
+    metrics = dict(zip(METRICS, coco_eval.stats.tolist(), strict=True)) | {"per_class": per_class}
+    if has_difficult(ground_truth):
+        metrics |= voc_metrics(ground_truth, coco_results(detections, category_ids))
+    return metrics
 
 
-def evaluate_categories(truth, detections, categories):
-    """pycocotools' COCOeval of some categories only, accumulated; others' detections are ignored."""
-    # Not truth.loadRes(results), which raises on an empty list.
-    annotations = [
-        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-        for number, result in enumerate(coco_results(detections[np.isin(detections[:, 6], categories)]), start=1)
-    ]
-    found = as_coco(truth.dataset | {"annotations": annotations})
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco_eval = COCOeval(truth, found, "bbox")
-        coco_eval.params.catIds = categories
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-    return coco_eval
-
-
-def run_coco_eval(truth, detections):
-    """Run pycocotools on the same detections (N, 7) in every process; return its COCOeval, summarized.
+def run_coco_eval(ground_truth, detections, category_ids):
+    """Run pycocotools on the same {image id: detections} in every process; return its COCOeval, summarized.
 
     Nothing in pycocotools passes from one category to another until the last mean: each process
-    judges its share of the categories, then the shares are joined, bit for bit as one would have it.
+    evaluates its share of the categories, then the shares are joined, bit for bit as one would have it.
     """
-    own = split_categories(truth.cats, detections, distributed.world_size())[distributed.rank()]
-    coco_eval = evaluate_categories(truth, detections, own)
+    results = coco_results(detections, category_ids)
+    counts = Counter(result["category_id"] for result in results)
+    share = split_categories(ground_truth.cats, counts, distributed.world_size())[distributed.rank()]
+    coco_eval = evaluate_categories(ground_truth, results, share)
     arrays = {"precision": 2, "recall": 1, "scores": 2}  # the axis of categories
-    own = [np.moveaxis(coco_eval.eval[name], axis, 0) for name, axis in arrays.items()]
-    shares = distributed.all_gather(list(zip(coco_eval.params.catIds, *own, strict=True)))
+    by_category = [np.moveaxis(coco_eval.eval[name], axis, 0) for name, axis in arrays.items()]
+    shares = distributed.all_gather(list(zip(coco_eval.params.catIds, *by_category, strict=True)))
     categories, *joined = zip(*sorted(sum(shares, []), key=itemgetter(0)), strict=True)
     coco_eval.params.catIds = list(categories)
     for (name, axis), values in zip(arrays.items(), joined, strict=True):
@@ -209,16 +185,44 @@ def run_coco_eval(truth, detections):
     return coco_eval
 
 
-def coco_metrics(truth, detections):
-    """Return COCO's metrics of detections (N, 7): {metric: value, ..., "per_class": {class name: AP}}."""
-    coco_eval = run_coco_eval(truth, detections)
-    precision = coco_eval.eval["precision"]  # IoU, recall, class, area, detections
-    per_class = {}
-    for k, category in enumerate(truth.loadCats(coco_eval.params.catIds)):
-        values = precision[:, :, k, 0, -1]
-        if (values > -1).any():  # a class without an object has no AP
-            per_class[category["name"]] = float(values[values > -1].mean())
-    return dict(zip(METRICS, coco_eval.stats.tolist(), strict=True)) | {"per_class": per_class}
+def coco_results(detections, category_ids):
+    """{image id: detections} as a list of dicts in COCO's results format, by image id."""
+    results = []
+    for image_id, found in sorted(detections.items()):
+        corners = found["boxes"].double()
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)  # xyxy -> COCO's xywh
+        columns = boxes.tolist(), found["scores"].tolist(), to_category_ids(found["labels"], category_ids).tolist()
+        for box, score, category in zip(*columns, strict=True):
+            results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
+    return results
+
+
+def split_categories(categories, counts, shares):
+    """Categories as `shares` lists that pycocotools evaluates in about the same time; counts: of detections.
+
+    It takes detections one by one: the categories with most come first, each to the smallest share.
+    """
+    lists = [[] for _ in range(shares)]
+    for category in sorted(categories, key=lambda category: (-counts[category], category)):
+        min(lists, key=lambda share: sum(1 + counts[other] for other in share)).append(category)
+    return lists
+
+
+def evaluate_categories(ground_truth, results, categories):
+    """pycocotools' COCOeval of some categories only, accumulated; other results are ignored."""
+    # Not ground_truth.loadRes(results), which raises on an empty list.
+    annotations = [
+        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for number, result in enumerate(results, start=1)
+        if result["category_id"] in categories
+    ]
+    found = as_coco(ground_truth.dataset | {"annotations": annotations})
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_eval = COCOeval(ground_truth, found, "bbox")
+        coco_eval.params.catIds = categories
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+    return coco_eval
 
 
 def metrics_table(metrics):
@@ -228,7 +232,9 @@ def metrics_table(metrics):
     rows = [METRICS[:3], METRICS[3:6], METRICS[6:9], METRICS[9:]]
     lines = ["  ".join(f"{name:>5} {metrics[name]:.3f}" for name in row) for row in rows]
     voc = [f"{name} mAP {metrics[name]['mAP']:.3f}" for name in VOC_METRICS if name in metrics]
-    return "\n".join(lines + ["  ".join(voc)] * bool(voc))
+    if voc:
+        lines.append("  ".join(voc))
+    return "\n".join(lines)
 
 
 def class_table(metrics):

@@ -48,7 +48,8 @@ def to_8_bits(image):
     level exceeds; for floats 1. If levels lie outside: the image's lowest becomes black, its highest
     white.
     """
-    levels, tags = np.asarray(image), getattr(image, "tag_v2", {})  # a TIFF's
+    levels = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
     if levels.dtype == np.int32 and tags.get(SAMPLE_FORMAT) == (1,):
         levels = levels.view(np.uint32)  # Pillow knows signed ones only
     known = np.isfinite(levels)

@@ -57,9 +57,9 @@ class SSD(nn.Module):
                 extra_block(256, 128, 256, stride=1, padding=0),  # 3 -> 1
             ]
         )
-        channels, per_cell = (1024, 512, 512, 256, 256, 256), default_boxes.per_cell
+        channels = (1024, 512, 512, 256, 256, 256)
         self.loc, self.conf = nn.ModuleList(), nn.ModuleList()
-        for c, boxes in zip(channels, per_cell, strict=True):
+        for c, boxes in zip(channels, default_boxes.per_cell, strict=True):
             self.loc.append(nn.Conv2d(c, 4 * boxes, 3, padding=1))
             self.conf.append(nn.Conv2d(c, num_classes * boxes, 3, padding=1))
         for part in (self.additional_blocks, self.loc, self.conf):
@@ -111,9 +111,10 @@ class SSDLite(nn.Module):
                 InvertedResidual(256, 64, stride=2, expand_ratio=0.25),  # 2 -> 1
             ]
         )
-        channels, per_cell = (576, 1280, 512, 256, 256, 64), default_boxes.per_cell
+        channels = (576, 1280, 512, 256, 256, 64)
+        layout = zip(channels, default_boxes.per_cell, default_boxes.feature_maps, strict=True)
         self.loc, self.conf = nn.ModuleList(), nn.ModuleList()
-        for c, boxes, cells in zip(channels, per_cell, default_boxes.feature_maps, strict=True):
+        for c, boxes, cells in layout:
             self.loc.append(lite_head(c, 4 * boxes, cells))
             self.conf.append(lite_head(c, num_classes * boxes, cells))
         for part in (self.additional_blocks, self.loc, self.conf):

@@ -1,34 +1,113 @@
-"""How a run gets on with the world: the lock on its folder, the signals that stop it, its workers."""
+"""Ending a run early without losing a step: signals, broken images, and a lock on its folder."""
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 import cv2
 
 from src import distributed, usage
-from src.distributed import print_rank0
-from src.usage import UserError
+from src.distributed import is_main_process, print_rank0
+from src.usage import UnreadableImage, UserError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not Unix
+    fcntl = None
 
 
-def lock_save_folder(folder, model):
-    """UserError, in every process, if another run trains `model` into this folder."""
+class Stoppable:
+    """Around a run's loop: no other run shares its checkpoint, and what ends it early loses nothing.
+
+    Ctrl-C, SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 (clusters before their time
+    limit) wait for the current step; a second Ctrl-C ends the run at once. What `nohup` ignores stays
+    ignored. An image that cannot be read, or a full disk, ends it after saving the last step, too.
+    """
+
+    def __init__(self, run, file):
+        """run: what is saved; file (Path): its checkpoint."""
+        self.run, self.file = run, file
+        self.signals = []  # received and not yet obeyed
+        self.unsaved = False  # whether steps were taken since the last save
+
+    def __enter__(self):
+        lock_folder(self.file)
+        usage.handle_signals(self.note)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.unsaved and isinstance(error, (UnreadableImage, OSError)):
+            # Whichever process meets it: all have the same parameters (and their own running statistics).
+            self.run.save(self.file, rank=distributed.rank())
+        if error:
+            kill_workers()
+
+    def after_step(self, logged):
+        """Save and exit if any process was told to stop. Collective, with the same `logged` in all processes."""
+        self.unsaved = True
+        # CUDA is asynchronous; syncing every step would stall it, so agree only when logging.
+        on_gpu = next(self.run.network.parameters()).is_cuda
+        if on_gpu and distributed.world_size() > 1 and not logged:
+            return
+        if distributed.all_reduce([float(bool(self.signals))])[0]:
+            self.run.save(self.file)
+            print_rank0(self.farewell())
+            distributed.tear_down()
+            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        """Within it a signal ends the process at once: the run is saved, and evaluation takes longer than a step.
+
+        torchrun and clusters kill a process half a minute after they told it to stop.
+        """
+        self.unsaved = False
+        usage.handle_signals(self.exit_now)
+        if self.signals:
+            self.exit_now(self.signals[0])
+        yield
+        distributed.barrier()  # all in time for the next signal
+        usage.handle_signals(self.note)
+
+    def note(self, number, frame):
+        """Handle a signal: remember it."""
+        self.signals.append(number)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
+        usage.handle_signals(signal.SIG_DFL, [signal.SIGINT])
+
+    def exit_now(self, number, frame=None):
+        """Handle a signal: end this process, whatever the others do."""
+        if is_main_process():
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(1, f"{self.farewell()}\n".encode(errors="backslashreplace"))
+        kill_workers()
+        os._exit(128 + number)  # Python's exit would wait for the other processes
+
+    def farewell(self):
+        """What a stopped run prints last."""
+        return f"stopped; saved {self.file}, the same command resumes from there"
+
+
+def lock_folder(file):
+    """UserError, in every process, if another run has the checkpoint `file` (Path)."""
     holder = ""
-    if distributed.rank() == 0:
-        holder = lock(Path(folder) / f"{model}.lock")
+    if is_main_process():
+        holder = lock(file.with_suffix(".lock"))
     if distributed.all_reduce([float(bool(holder))])[0]:
         if not holder:
             sys.exit(2)  # rank 0 says why
-        raise UserError(f"--save-folder {folder}: in use by {holder}; give each run its own")
+        raise UserError(f"--save-folder {file.parent}: in use by {holder}; give each run its own")
 
 
 def lock(file):
     """Let no other run hold lock `file` until this process ends; returns who holds it, or ""."""
+    if fcntl is None:
+        print_rank0(f"{file}: no locks on this system; make sure that no other run uses this folder")
+        return ""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # never closed
         # A POSIX lock: released when the process dies; forked workers do not inherit it.
@@ -43,56 +122,6 @@ def lock(file):
     return ""
 
 
-def stop_on_signals():
-    """Return a list that fills with the signals which ask to stop.
-
-    Ctrl-C, SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 (clusters before their time
-    limit) wait for the current step; a second Ctrl-C leaves at once. What `nohup` ignores stays ignored.
-    """
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
-        usage.handle_signals(signal.SIG_DFL, [signal.SIGINT])
-
-    usage.handle_signals(note)
-    return received
-
-
-def told_to_stop(received):
-    """True if any process got a stop signal. Collective: call it at the same step in every process."""
-    return distributed.all_reduce([float(bool(received))])[0] > 0
-
-
-def leave(file, received):
-    """End a run that was saved to `file`, with the status of a process that a signal has stopped."""
-    print_rank0(saved_to(file))
-    distributed.tear_down()
-    sys.exit(128 + (received or [signal.SIGTERM])[0])
-
-
-def stop_at_once(file, received):
-    """From now on a signal ends this process at once, as does one already received: all is saved in `file`."""
-
-    def stop(number, frame=None):
-        if distributed.rank() == 0:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(1, f"{saved_to(file)}\n".encode(errors="backslashreplace"))
-        kill_workers()
-        os._exit(128 + number)  # Python's exit would wait for the other processes
-
-    usage.handle_signals(stop)
-    if received:
-        stop(received[0])
-
-
-def saved_to(file):
-    """What a stopped run says last."""
-    return f"stopped; saved {file}, the same command resumes from there"
-
-
 def start_worker(worker):
     """In a loading process: one thread, and signals are left to the training process."""
     cv2.setNumThreads(1)
@@ -101,7 +130,8 @@ def start_worker(worker):
 
 
 def kill_workers():
-    """At exit after an error: Python would wait for ever for workers that ignore SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a crash
+    """After an error Python would wait for ever for workers that ignore SIGTERM."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a crash
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -144,15 +144,7 @@ def is_lfs_pointer(path):
         return file.read(100).startswith(b"version https://git-lfs.github.com/spec/")
 
 
-def quit_on_ctrl_c():
-    """End at once on Ctrl-C, silently, with status 130: until `run`, which can do better.
-
-    An exception could be raised anywhere within an import, and turned into another one there.
-    """
-    handle_signals(lambda *_: os._exit(130), [signal.SIGINT])
-
-
-# Those that ask a script to end: Ctrl-C, kill, a closed terminal, a cluster before its time limit.
+# Signals that ask a script to end: Ctrl-C, kill, a closed terminal, a cluster before its time limit.
 ENDING = [getattr(signal, n) for n in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2".split() if hasattr(signal, n)]
 
 
@@ -190,7 +182,6 @@ def run(main):
     Ctrl-C, where a script does not see to it itself, ends it with status 130. A lost standard
     output or error (`| head`, a closed terminal) does not end it.
     """
-    handle_signals(signal.default_int_handler, [signal.SIGINT])
     if sys.stdout is sys.__stdout__ is not None:  # neither redirected nor closed
         sys.stdout = lossy(sys.stdout)
     if sys.stderr is sys.__stderr__ is not None:

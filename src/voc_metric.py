@@ -13,23 +13,26 @@ from pycocotools.mask import iou
 VOC_METRICS = ("VOC07", "VOC10")
 
 
-def has_difficult(truth):
-    """True if the annotations of `truth` (pycocotools' COCO) say which objects are difficult."""
-    return bool(truth.anns) and all("difficult" in annotation for annotation in truth.anns.values())
+def has_difficult(ground_truth):
+    """True if the annotations of `ground_truth` (pycocotools' COCO) say which objects are difficult."""
+    return bool(ground_truth.anns) and all("difficult" in annotation for annotation in ground_truth.anns.values())
 
 
-def voc_metrics(truth, detections):
-    """VOC's metric of detections (N, 7), as `engine.evaluate` returns them, against `truth` (pycocotools' COCO).
+def voc_metrics(ground_truth, results):
+    """VOC's metric of `results`, a list in COCO's results format, against `ground_truth` (pycocotools' COCO).
 
     Returns {"VOC07": {"mAP": mean over the classes, "per_class": {class name: AP}}, "VOC10": the same};
     a class without an object that is not difficult has no AP.
     """
     metrics = {key: {"mAP": -1.0, "per_class": {}} for key in VOC_METRICS}
-    for category in truth.loadCats(truth.getCatIds()):
-        objects = truth.loadAnns(truth.getAnnIds(catIds=[category["id"]]))
-        num_objects = sum(not one["iscrowd"] for one in objects)
+    by_category = defaultdict(list)
+    for result in results:
+        by_category[result["category_id"]].append(result)
+    for category in ground_truth.loadCats(ground_truth.getCatIds()):
+        objects = ground_truth.loadAnns(ground_truth.getAnnIds(catIds=[category["id"]]))
+        num_objects = sum(not annotation["iscrowd"] for annotation in objects)
         if num_objects:
-            right = right_or_wrong(detections[detections[:, 6] == category["id"]], objects)
+            right = right_or_wrong(by_category[category["id"]], objects)
             recall, precision = curve(right, num_objects)
             metrics["VOC07"]["per_class"][category["name"]] = eleven_point_ap(recall, precision)
             metrics["VOC10"]["per_class"][category["name"]] = area_ap(recall, precision)
@@ -39,20 +42,22 @@ def voc_metrics(truth, detections):
     return metrics
 
 
-def right_or_wrong(detections, objects):
-    """Judge one class: whether each detection (N, 7) is right, in descending order of score, bool (M,).
+def right_or_wrong(results, objects):
+    """Of one class: whether each result is right, in descending order of score, bool (M,).
 
     Each is judged against the object of its image that it overlaps most. From an IoU of 0.5 it is
     right, unless a better one has found that object before; if the object is difficult, the
     detection is left out.
     """
     by_image = defaultdict(list)
-    for one in objects:
-        by_image[one["image_id"]].append(one)
-    found, right = set(), []
-    for image_id, *box, _, _ in detections[np.argsort(-detections[:, 5], kind="stable")].tolist():
+    for annotation in objects:
+        by_image[annotation["image_id"]].append(annotation)
+    found = set()
+    right = []
+    for result in sorted(results, key=lambda result: -result["score"]):
+        image_id = result["image_id"]
         here = by_image[image_id]
-        ious = iou([box], [one["bbox"] for one in here], [0] * len(here))[0] if here else [0.0]
+        ious = iou([result["bbox"]], [o["bbox"] for o in here], [0] * len(here))[0] if here else [0.0]
         best = int(np.argmax(ious))
         if ious[best] < 0.5:
             right.append(False)

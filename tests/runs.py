@@ -1,6 +1,5 @@
 """Running the scripts, and looking at what a run left behind."""
 
-import atexit
 import os
 import runpy
 import signal
@@ -33,7 +32,6 @@ def run_here(monkeypatch, script, *options):
     """Run a script in this process, which takes no seconds to start; its exit status."""
     handlers = {number: signal.getsignal(number) for number in usage.ENDING}
     monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-    monkeypatch.setattr(atexit, "register", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")

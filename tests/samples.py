@@ -11,6 +11,7 @@ from PIL import Image
 from reference.inputs import image as reference_image
 from reference.inputs import lite_weights, weights
 
+from src.classes import to_labels
 from src.model import build_model
 
 MODELS = ("ssd", "ssdlite")
@@ -77,6 +78,17 @@ def voc_list(kit, year, name, text):
 def tensors(boxes, labels):
     """Objects as `Encoder.encode` takes them: boxes (G, 4) float32, labels (G,) int64."""
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels).long()
+
+
+def as_detections(rows, category_ids):
+    """Rows (N, 7) of image id, x, y, w, h, score, category id as `engine.evaluate` returns detections."""
+    rows = torch.from_numpy(np.array(rows, float).reshape(-1, 7))
+    detections = {}
+    for image_id in rows[:, 0].unique().long().tolist():
+        _, x, y, w, h, scores, ids = rows[rows[:, 0] == image_id].T
+        boxes, labels = torch.stack([x, y, x + w, y + h], dim=1), to_labels(ids.numpy(), category_ids)
+        detections[image_id] = {"boxes": boxes, "labels": torch.from_numpy(labels), "scores": scores}
+    return detections
 
 
 def certain_logits(cls_targets, num_classes):

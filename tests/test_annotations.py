@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from samples import CATEGORIES, box, small_dataset
 
-from src.annotations import ground_truth, read_annotations
+from src.annotations import load_ground_truth, read_annotations
 from src.dataset import CocoDataset
 from src.usage import UserError
 
@@ -19,7 +19,7 @@ def test_crowds_are_counted_kept_for_evaluation_and_not_trained_on(tmp_path):
     data = CocoDataset(tmp_path, "set")
     assert len(data.boxes) == 1 and sum(map(len, (data.objects(0)[0], data.objects(1)[0]))) == 1
     assert [n for what, n in data.repairs.items() if "crowd" in what] == [1]
-    assert [a["iscrowd"] for a in ground_truth(file).anns.values()] == [0, 1]
+    assert [a["iscrowd"] for a in load_ground_truth(file).anns.values()] == [0, 1]
 
 
 def test_boxes_without_area_are_left_out_and_counted(tmp_path):
@@ -30,7 +30,7 @@ def test_boxes_without_area_are_left_out_and_counted(tmp_path):
     data = CocoDataset(tmp_path, "set")
     np.testing.assert_allclose(data.boxes, [(0.1, 0.2, 0.15, 0.3)], atol=1e-6)
     assert data.repairs["boxes of no area left out"] == len(bad)
-    assert len(ground_truth(file).anns) == 1
+    assert len(load_ground_truth(file).anns) == 1
 
 
 def test_difficult_objects_are_trained_on_and_ignored_in_evaluation(tmp_path):
@@ -38,7 +38,7 @@ def test_difficult_objects_are_trained_on_and_ignored_in_evaluation(tmp_path):
     file = small_dataset(tmp_path, [difficult, ordinary])
     data = CocoDataset(tmp_path, "set")
     assert len(data.boxes) == 2 and dict(data.repairs) == {"difficult objects not evaluated": 1}
-    assert [a["iscrowd"] for a in ground_truth(file).anns.values()] == [1, 0]
+    assert [a["iscrowd"] for a in load_ground_truth(file).anns.values()] == [1, 0]
 
 
 def test_boxes_that_reach_outside_are_clipped(tmp_path):
@@ -46,14 +46,14 @@ def test_boxes_that_reach_outside_are_clipped(tmp_path):
     data = CocoDataset(tmp_path, "set")
     np.testing.assert_allclose(data.boxes, [(0, 0.8, 0.2, 1), (0.9, 0, 1, 0.5)], atol=1e-6)
     assert data.repairs["boxes clipped to their image"] == 2
-    assert [a["bbox"] for a in ground_truth(file).anns.values()] == [[0, 40, 20, 10], [90, 0, 10, 25]]
+    assert [a["bbox"] for a in load_ground_truth(file).anns.values()] == [[0, 40, 20, 10], [90, 0, 10, 25]]
 
 
 def test_a_missing_area_or_iscrowd_is_derived(tmp_path):
     whole, bare = box(10, [1, 1, 2, 3]), box(20, [10, 10, 20, 5])
     del bare["area"], bare["iscrowd"]
     file = small_dataset(tmp_path, [whole, bare, bare | {"area": None, "iscrowd": 1}])
-    truth = ground_truth(file)
+    truth = load_ground_truth(file)
     assert [(a["area"], a["iscrowd"]) for a in truth.anns.values()] == [(6, 0), (100, 0), (100, 1)]
     repairs = CocoDataset(tmp_path, "set").repairs
     assert sorted(repairs.values()) == [1, 1, 2]
@@ -63,13 +63,13 @@ def test_a_missing_area_or_iscrowd_is_derived(tmp_path):
 @pytest.mark.parametrize("area", [0, 0.0, -5, False, True, "0", None, 5000, 1e9])  # the image has 5000 pixels
 def test_an_area_that_is_none_is_derived(tmp_path, area):
     file = small_dataset(tmp_path, [box(10, [5, 5, 20, 10], area=area)])
-    assert ground_truth(file).anns[1]["area"] == 200
+    assert load_ground_truth(file).anns[1]["area"] == 200
 
 
 def test_boxes_drawn_right_to_left_or_upwards_are_turned_round(tmp_path):
     corners = [[30, 20, -20, 10], [10, 30, 20, -10], [30, 30, -20, -10], [10, 20, 20, 10], [5, 30, -15, -10]]
     file = small_dataset(tmp_path, [box(10, bbox) for bbox in corners])
-    boxes = [a["bbox"] for a in ground_truth(file).anns.values()]
+    boxes = [a["bbox"] for a in load_ground_truth(file).anns.values()]
     assert boxes == [[10, 20, 20, 10]] * 4 + [[0, 20, 5, 10]]  # the last one reached outside
     repairs = CocoDataset(tmp_path, "set").repairs
     assert [n for what, n in repairs.items() if "turned round" in what] == [4]
@@ -119,7 +119,7 @@ def test_duplicate_missing_and_zero_annotation_ids_are_renumbered(tmp_path, ids)
     file = small_dataset(tmp_path)
     content = json.loads(file.read_text()) | {"annotations": entries}
     file.write_text(json.dumps(content))
-    truth = ground_truth(file)
+    truth = load_ground_truth(file)
     assert len(truth.anns) == 3 and 0 not in truth.anns
     assert read_annotations(file)[1]["annotation ids renumbered"] == 3
 
@@ -155,7 +155,7 @@ def test_what_other_tools_export_is_accepted(tmp_path, change):
     dataset = CocoDataset(tmp_path, "set")
     dataset.check_files([0])
     np.testing.assert_allclose(dataset.boxes, [[0.05, 0.1, 0.15, 0.5]], rtol=1e-6)
-    (repaired,) = ground_truth(dataset.annotation_file).anns.values()
+    (repaired,) = load_ground_truth(dataset.annotation_file).anns.values()
     assert isinstance(repaired["id"], int) and repaired["area"] == 200
 
 

@@ -21,6 +21,7 @@ from samples import mb2_ssd_lite
 from src import checkpoint
 from src.boxes import Encoder, make_default_boxes
 from src.checkpoint import fine_tune_from, load_checkpoint, network_from, save_checkpoint
+from src.classes import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES
 from src.model import build_model
 from src.transform import normalize
 from src.usage import UserError
@@ -69,7 +70,7 @@ def test_round_trip(tmp_path, lite):
     state, path = state_of(lite), tmp_path / "new" / "folder" / "ssdlite.pth"
     save_checkpoint(path, state)
     loaded = load_checkpoint(path)
-    assert "ssdlite" in loaded.pop("layout")
+    assert "ssdlite" in loaded.pop("origin")
     assert same(loaded, state)
     assert same(dict(network_from(loaded, path).state_dict()), dict(lite.state_dict()))
     assert os.listdir(path.parent) == ["ssdlite.pth"]
@@ -312,13 +313,13 @@ def published(weights, layout, classes=None, prefix=""):
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("layout", ["model_state_dict", "model"])
 def test_published_coco_checkpoints_are_read(tmp_path, coco_weights, layout, prefix):
-    path, names = tmp_path / "a.pth", ["background", *checkpoint.COCO_CLASSES]
+    path, names = tmp_path / "a.pth", ["background", *COCO_CLASSES]
     torch.save(published(coco_weights, layout, names, prefix), path)
     state = load_checkpoint(path)
-    assert state["model"] == "ssd" and "published" in state["layout"]
-    assert f"'{layout}'" in state["layout"] and "\n" not in state["layout"]
+    assert state["model"] == "ssd" and "published" in state["origin"]
+    assert f"'{layout}'" in state["origin"] and "\n" not in state["origin"]
     assert state["classes"] == names and len(names) == 81
-    assert list(state["category_ids"]) == list(checkpoint.COCO_CATEGORY_IDS)
+    assert list(state["category_ids"]) == list(COCO_CATEGORY_IDS)
     model = network_from(state, path)
     assert same(dict(model.state_dict()), dict(coco_weights))
 
@@ -362,8 +363,8 @@ def test_label_map_gives_the_classes_in_order(tmp_path):
 
 
 def test_coco_has_80_classes_with_ids_from_1_to_90():
-    assert len(checkpoint.COCO_CLASSES) == len(set(checkpoint.COCO_CLASSES)) == 80
-    ids = list(checkpoint.COCO_CATEGORY_IDS)
+    assert len(COCO_CLASSES) == len(set(COCO_CLASSES)) == 80
+    ids = list(COCO_CATEGORY_IDS)
     assert len(ids) == len(set(ids)) == 80 and ids == sorted(ids) and (ids[0], ids[-1]) == (1, 90)
     # Known from the data set itself: https://cocodataset.org, instances_val2017.json.
     # Both sides of each of the ten gaps, and the ends.
@@ -371,7 +372,7 @@ def test_coco_has_80_classes_with_ids_from_1_to_90():
     known |= {25: "giraffe", 27: "backpack", 28: "umbrella", 31: "handbag", 44: "bottle"}
     known |= {46: "wine glass", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv"}
     known |= {82: "refrigerator", 84: "book", 90: "toothbrush"}
-    named = dict(zip(ids, checkpoint.COCO_CLASSES, strict=True))
+    named = dict(zip(ids, COCO_CLASSES, strict=True))
     assert known.items() <= named.items()
 
 
@@ -379,7 +380,7 @@ def test_coco_names_and_ids_are_those_of_its_annotation_file():
     if not COCO_FILE.is_file():
         pytest.skip("no ../shared/data/coco_real beside the repository")
     categories = json.loads(COCO_FILE.read_text())["categories"]
-    ours = zip(checkpoint.COCO_CATEGORY_IDS, checkpoint.COCO_CLASSES, strict=True)
+    ours = zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
     assert dict(ours) == {category["id"]: category["name"] for category in categories}
 
 
@@ -434,12 +435,12 @@ def test_mb2_ssd_lites_first_layer_sees_the_same_pixels_up_to_the_border(tmp_pat
 @pytest.mark.parametrize(
     "num_classes, labels, names, told",
     [
-        (21, None, checkpoint.VOC_CLASSES, "VOC's classes"),
+        (21, None, VOC_CLASSES, "VOC's classes"),
         (3, None, ["class 1", "class 2"], "labels.txt"),
         (3, "BACKGROUND\ncat\ndog", ["cat", "dog"], "labels.txt"),
         (3, "cat\ndog\n\n", ["cat", "dog"], "labels.txt"),
         (3, "BACKGROUND\ncat", ["class 1", "class 2"], "1 names, not 2: not used"),
-        (21, "cat\ndog\ncow", checkpoint.VOC_CLASSES, "3 names, not 20: not used"),
+        (21, "cat\ndog\ncow", VOC_CLASSES, "3 names, not 20: not used"),
         (3, "\ufeffcat\r\ncat\r\n", ["class 1", "class 2"], r"no names \(/.*labels.txt has 1 names, not 2: not used\)"),
         (3, b"\xe9t\xe9\nhiver", ["class 1", "class 2"], "is not UTF-8: not used"),
     ],
@@ -449,7 +450,7 @@ def test_mb2_ssd_lites_names_are_in_labels_txt_or_vocs(tmp_path, mb2, num_classe
     if labels:
         (tmp_path / "labels.txt").write_bytes(labels if isinstance(labels, bytes) else labels.encode())
     state = load_checkpoint(tmp_path / "a.pth")
-    assert state["model"] == "ssdlite" and re.search(told, state["layout"]) and "\n" not in state["layout"]
+    assert state["model"] == "ssdlite" and re.search(told, state["origin"]) and "\n" not in state["origin"]
     assert state["classes"] == ["background", *names]
     assert state["category_ids"] == list(range(1, num_classes))
     network_from(state, tmp_path / "a.pth")
@@ -482,7 +483,7 @@ def test_half_of_mb2_ssd_lites_width_is_refused(tmp_path, mb2):
 
 def test_mb2_ssd_lite_saved_from_several_gpus_is_read(tmp_path, mb2):
     torch.save({f"module.{name}": values for name, values in mb2.items()}, tmp_path / "a.pth")
-    assert load_checkpoint(tmp_path / "a.pth")["classes"][1:] == checkpoint.VOC_CLASSES
+    assert load_checkpoint(tmp_path / "a.pth")["classes"][1:] == VOC_CLASSES
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "no tensor", "no class"])
@@ -538,7 +539,7 @@ def marked(model):
 
 def test_fine_tuning_for_the_same_classes_takes_everything(lite):
     model, weights = copy.deepcopy(lite), marked(lite)
-    source = {"model_state_dict": weights, "classes": CLASSES, "layout": "some layout"}
+    source = {"model_state_dict": weights, "classes": CLASSES, "origin": "some layout"}
     line = fine_tune_from(model, source, list(CLASSES), "some.pth")
     assert same(dict(model.state_dict()), weights)
     assert line.startswith("some.pth") and "some layout" in line and "\n" not in line
@@ -561,7 +562,7 @@ def test_rows_of_the_class_heads_follow_the_names(name, classes, fresh):
         p.data += 0.1 * torch.randn_like(p)  # biases start as zeros: theirs would show nothing
     model = build_model(name, len(classes), pretrained_backbone=False).eval()
     before = copy.deepcopy(model.conf)
-    state = {"model_state_dict": source.state_dict(), "classes": CLASSES, "layout": "some layout"}
+    state = {"model_state_dict": source.state_dict(), "classes": CLASSES, "origin": "some layout"}
     line = fine_tune_from(model, state, classes, "some.pth")
     assert line.startswith("some.pth: ") and "(some layout)" in line and "\n" not in line
     assert line.endswith(f": {', '.join(fresh)}" if fresh else "none starts fresh")
@@ -594,14 +595,14 @@ def test_vocs_and_cocos_names_are_the_same_classes(known, wanted):
     torch.manual_seed(0)
     source = build_model("ssdlite", 7, pretrained_backbone=False)
     model = build_model("ssdlite", 7, pretrained_backbone=False)
-    state = {"model_state_dict": source.state_dict(), "classes": known, "layout": "some layout"}
+    state = {"model_state_dict": source.state_dict(), "classes": known, "origin": "some layout"}
     assert fine_tune_from(model, state, wanted, "some.pth").endswith("none starts fresh")
     assert same(dict(model.state_dict()), dict(source.state_dict()))
 
 
 def test_a_name_that_the_checkpoint_has_goes_before_its_other_name():
     source = build_model("ssdlite", 3, pretrained_backbone=False)
-    state = {"model_state_dict": source.state_dict(), "classes": ["background", "couch", "sofa"], "layout": "x"}
+    state = {"model_state_dict": source.state_dict(), "classes": ["background", "couch", "sofa"], "origin": "x"}
     model = build_model("ssdlite", 3, pretrained_backbone=False)
     fine_tune_from(model, state, ["background", "couch", "sofa"], "some.pth")
     assert same(dict(model.state_dict()), dict(source.state_dict()))
@@ -614,15 +615,81 @@ def test_a_category_called_background_is_not_ours():
     for p in source.conf.parameters():
         p.data += 0.1 * torch.randn_like(p)
     model = build_model("ssdlite", 3, pretrained_backbone=False)
-    state = {"model_state_dict": source.state_dict(), "classes": classes, "layout": "some layout"}
+    state = {"model_state_dict": source.state_dict(), "classes": classes, "origin": "some layout"}
     line = fine_tune_from(model, state, classes, "some.pth")
     assert line.endswith("none starts fresh")
     assert same(dict(model.state_dict()), dict(source.state_dict()))
 
 
 def test_fine_tuning_from_another_model_is_a_users_error(lite, coco_weights):
-    source = {"model_state_dict": coco_weights, "classes": ["background"], "layout": "x"}
+    source = {"model_state_dict": coco_weights, "classes": ["background"], "origin": "x"}
     model, before = copy.deepcopy(lite), dict(lite.state_dict())
     with pytest.raises(UserError, match="some.pth"):
         fine_tune_from(model, source, CLASSES, "some.pth")
     assert same(dict(model.state_dict()), before)
+
+
+# Run
+
+
+def small_run(epochs=65, momentum=0.9, **attributes):
+    """A run of a network of one layer, which has taken a step."""
+    network = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum)
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    options = {"epochs": epochs, "multistep": [round(epochs * 43 / 65)], "momentum": momentum}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    settings = {"model": "ssd", "classes": CLASSES, "category_ids": [3, 7], "options": options} | attributes
+    return checkpoint.Run(network=network, optimizer=optimizer, scaler=scaler, **settings)
+
+
+def test_a_run_without_a_checkpoint_is_a_new_one(tmp_path, capsys):
+    run = small_run()
+    run.resume(tmp_path / "ssd.pth")
+    assert (run.epoch, run.samples_seen, run.best_ap) == (0, 0, -1)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_is_resumed_with_the_options_of_the_command_line(tmp_path, capsys):
+    file = tmp_path / "ssd.pth"
+    saved = small_run(epochs=20, epoch=3, samples_seen=640, best_ap=0.25)
+    saved.save(file)
+    keys = "model model_state_dict optimizer scaler epoch samples_seen best_map classes category_ids args"
+    assert set(torch.load(file, weights_only=True)) == set(keys.split())
+    run = small_run(epochs=40, momentum=0.8)
+    run.resume(file)
+    assert (run.epoch, run.samples_seen, run.best_ap) == (3, 640, 0.25)
+    assert same(dict(run.network.state_dict()), dict(saved.network.state_dict()))
+    assert same(run.optimizer.state_dict()["state"], saved.optimizer.state_dict()["state"])
+    assert run.optimizer.param_groups[0]["momentum"] == 0.8
+    assert capsys.readouterr().out.splitlines() == [
+        f"resuming from {file}: 3 epochs, 640 images",
+        "changed since: epochs was 20, is 40",
+        "changed since: multistep was [13], is [26]",
+        "changed since: momentum was 0.9, is 0.8",
+    ]
+
+
+def test_a_run_of_something_else_is_not_resumed(tmp_path):
+    file = tmp_path / "ssd.pth"
+    small_run().save(file)
+    for attributes, message in (
+        ({"model": "ssdlite"}, "the checkpoint is of ssd: use --model ssd"),
+        ({"classes": ["background", "x", "y"]}, "holds a run on 2 other classes (cat, dog, ...): give another"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            small_run(**attributes).resume(file)
+    state = torch.load(file, weights_only=True)
+    del state["optimizer"]
+    save_checkpoint(file, state)
+    with pytest.raises(UserError, match="has no optimizer state"):
+        small_run().resume(file)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    run = small_run(epoch=2, samples_seen=8)
+    run.network.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="weights not finite in epoch 3 after 8 images, so not saved: lower --lr"):
+        run.save(tmp_path / "ssd.pth")
+    assert os.listdir(tmp_path) == []

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torchvision.ops import box_iou
 
 from src.boxes import box_cxcywh_to_xyxy, make_default_boxes
-from src.checkpoint import VOC_CLASSES
+from src.classes import VOC_CLASSES
 from src.detector import Detector, fold_batch_norm, json_entry
 from src.images import read_image
 
@@ -68,7 +68,7 @@ def test_the_original_model_is_left_as_it_was(name, models):
     detector = make_detector(model, name, amp=True)
     detector(pictures()[:1])
     assert model.training
-    assert batch_norms(model) == batch_norms(models[name]) and batch_norms(detector.model) == 0
+    assert batch_norms(model) == batch_norms(models[name]) and batch_norms(detector.network) == 0
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -118,10 +118,10 @@ def test_black_and_white_pictures(name, level, detectors):
 @pytest.mark.parametrize("name", MODELS)
 def test_half_precision_roughly_agrees(name, models, detectors):
     half = make_detector(models[name], name, amp=True)
-    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
     x = torch.randn(1, 3, 300, 300, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        outputs = zip(detectors[name].model(x), half.model(x.bfloat16()), strict=True)
+        outputs = zip(detectors[name].network(x), half.network(x.bfloat16()), strict=True)
         for exact, rough in outputs:
             assert (rough.float() - exact).norm() < 0.03 * exact.norm()
     (exact,), (rough,) = detectors[name](pictures()[:1]), half(pictures()[:1])

@@ -11,12 +11,13 @@ import torch
 import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from runs import free_port, join
+from runs import free_port, join, same
+from samples import as_detections
 
 from src import distributed
 from src.boxes import Encoder, make_default_boxes
 from src.detector import Detector
-from src.engine import METRICS, coco_metrics, coco_results, evaluate, run_coco_eval
+from src.engine import METRICS, coco_results, compute_metrics, evaluate, run_coco_eval
 from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.usage import UserError
@@ -49,6 +50,47 @@ def test_an_environment_that_torchrun_did_not_make_is_a_users_error(monkeypatch,
             distributed.set_up()
     assert named.format(used=used) in str(error.value) and "\n" not in str(error.value)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "name, error",
+    [
+        ("gpu", "--device gpu: unknown; give cpu, cuda, cuda:1 for the second GPU, or mps"),
+        ("meta", "--device meta: unknown"),
+        ("cuda:-1", "--device cuda:-1: unknown"),
+        ("cuda", "--device cuda:0: of 0 GPUs"),
+        ("cuda:3", "--device cuda:3: of 0 GPUs"),
+        ("mps", "--device mps: none here"),
+    ],
+)
+def test_a_device_that_is_not_here_is_a_users_error(monkeypatch, name, error):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError) as raised:
+        distributed.choose_device(name)
+    assert str(raised.value).startswith(error) and "\n" not in str(raised.value)
+
+
+def test_the_device_is_the_gpu_unless_another_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.choose_device() == distributed.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.choose_device() == distributed.choose_device("cuda") == torch.device("cuda:0")
+    assert distributed.choose_device(None, 1) == distributed.choose_device("cuda", 1) == torch.device("cuda:1")
+    assert distributed.choose_device("cuda:1") == torch.device("cuda:1")
+    assert distributed.choose_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(UserError, match="of 2 GPUs, counted from 0: use another, or fewer processes"):
+        distributed.choose_device(None, 2)
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_processes_do_not_share_a_gpu(monkeypatch, name):
+    monkeypatch.setattr(distributed, "choose_device", lambda *_: torch.device("cpu"))
+    for key, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(UserError, match=f"--device {name}: several processes cannot share it"):
+        distributed.set_up(name)
 
 
 def shared_buffer(value):
@@ -315,15 +357,18 @@ def check_evaluation(answers):
     metrics, detections = evaluate_share()
     torch.set_num_threads(threads)
     for _, gathered in answers[1:]:
-        np.testing.assert_array_equal(gathered, answers[0][1])
+        assert same(dict(sorted(gathered.items())), dict(sorted(answers[0][1].items())))
     (shared, gathered), *others = answers
     assert all(metrics == shared for metrics, _ in others)  # every process knows them
     assert shared.pop("per_class") == pytest.approx(metrics.pop("per_class"), abs=1e-4)
     assert 0 < metrics["AP"] < 1 and shared == pytest.approx(metrics, abs=1e-4)
-    assert len(detections) > 500 and np.ptp(detections[:, 5]) > 0.1  # not one like the other
-    np.testing.assert_allclose(gathered[:, 5], detections[:, 5], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(gathered[:, 1:5], detections[:, 1:5], atol=1e-3, rtol=0)
-    np.testing.assert_array_equal(gathered[:, [0, 6]], detections[:, [0, 6]])
+    scores = torch.cat([found["scores"] for found in detections.values()]).numpy()
+    assert len(scores) > 500 and np.ptp(scores) > 0.1  # not one like the other
+    assert sorted(gathered) == sorted(detections)
+    for image_id, found in detections.items():
+        assert torch.equal(gathered[image_id]["labels"], found["labels"])
+        torch.testing.assert_close(gathered[image_id]["scores"], found["scores"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(gathered[image_id]["boxes"], found["boxes"], atol=1e-3, rtol=0)
 
 
 def test_evaluation_by_two_processes_finds_the_same(two):
@@ -335,7 +380,7 @@ def test_evaluation_by_three_processes_finds_the_same(three):
 
 
 def noisy_detections(categories):
-    """COCO's truth of six images, and detections (N, 7); the last of several categories has no object."""
+    """COCO's truth of six images, and detections by image; the last of several categories has no object."""
     rng = np.random.default_rng(categories)
     truth, objects = COCO(), max(1, categories - 1)
     boxes = np.concatenate([rng.uniform(0, 200, (60, 2)), rng.uniform(9, 150, (60, 2))], axis=1)
@@ -355,7 +400,7 @@ def noisy_detections(categories):
     detections[:, 1:5] += rng.normal(0, 6, (len(rows), 4))
     detections[:, 5] = rng.integers(1, 50, len(rows)) / 50  # with ties
     detections[::9, 6] = 10 + categories - 1
-    return truth, detections
+    return truth, as_detections(detections, sorted(truth.cats))
 
 
 def judge_shares():
@@ -363,9 +408,9 @@ def judge_shares():
     answers = []
     for categories in (1, 7):
         truth, detections = noisy_detections(categories)
-        coco_eval = run_coco_eval(truth, detections)
+        coco_eval = run_coco_eval(truth, detections, sorted(truth.cats))
         arrays = [coco_eval.eval[name] for name in ("precision", "recall", "scores")]
-        answers.append((arrays, coco_metrics(truth, detections)))
+        answers.append((arrays, compute_metrics(truth, detections, sorted(truth.cats))))
     return answers
 
 
@@ -374,11 +419,11 @@ def test_judged_in_shares_is_judged_by_one_bit_for_bit(processes, request):
     answers = request.getfixturevalue(processes)["judge_shares"]
     for i, categories in enumerate((1, 7)):
         truth, detections = noisy_detections(categories)
-        oracle = COCOeval(truth, truth.loadRes(coco_results(detections)), "bbox")
+        oracle = COCOeval(truth, truth.loadRes(coco_results(detections, sorted(truth.cats))), "bbox")
         oracle.evaluate(), oracle.accumulate(), oracle.summarize()
         assert 0.1 < oracle.stats[0] < 0.9 and len(set(oracle.stats)) > 6
         for arrays, metrics in [by_rank[i] for by_rank in answers]:
             for name, array in zip(("precision", "recall", "scores"), arrays, strict=True):
                 np.testing.assert_array_equal(array, oracle.eval[name])
             assert [metrics[name] for name in METRICS] == oracle.stats.tolist()
-            assert metrics == coco_metrics(truth, detections)
+            assert metrics == compute_metrics(truth, detections, sorted(truth.cats))

@@ -1,27 +1,32 @@
 """src.engine: evaluation against pycocotools, training steps against hand-worked values."""
 
 import contextlib
+import copy
 import io
 import json
 import re
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from runs import same
+from samples import as_detections
 from torch import nn
 from torch.utils.data import DataLoader
 
-from src.annotations import ground_truth
+from src.annotations import load_ground_truth
 from src.boxes import Encoder, make_default_boxes
+from src.checkpoint import Run
 from src.dataset import CocoDataset
 from src.engine import (
     LOG_EVERY,
     METRICS,
-    coco_metrics,
     coco_results,
+    compute_metrics,
     evaluate,
     make_optimizer,
     metrics_table,
@@ -40,7 +45,7 @@ def val_file(folder):
 @pytest.fixture(scope="module")
 def truth(shapes_folder):
     """Ground truth with a crowd and a picture without objects."""
-    coco = ground_truth(val_file(shapes_folder))
+    coco = load_ground_truth(val_file(shapes_folder))
     assert any(a["iscrowd"] for a in coco.anns.values())
     assert any(not coco.getAnnIds([image]) for image in coco.imgs)
     return coco
@@ -48,8 +53,9 @@ def truth(shapes_folder):
 
 def pycocotools_figures(truth, detections, categories=None):
     """The twelve figures as pycocotools' own loadRes and COCOeval give them: the oracle."""
+    results = coco_results(detections, sorted(truth.cats))
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(truth, truth.loadRes(coco_results(detections)), "bbox")
+        judge = COCOeval(truth, truth.loadRes(results), "bbox")
         if categories:
             judge.params.catIds = categories
         judge.evaluate()
@@ -59,7 +65,7 @@ def pycocotools_figures(truth, detections, categories=None):
 
 
 def perturbed(truth, seed):
-    """Detections (N, 7): objects moved, lost, doubled, of a wrong class, invented."""
+    """Detections by image: objects moved, lost, doubled, of a wrong class, invented."""
     rng, rows = np.random.default_rng(seed), []
     categories = list(truth.cats)
     for a in truth.anns.values():
@@ -72,22 +78,27 @@ def perturbed(truth, seed):
             rows.append([image, *rng.uniform(5, 150, 4), 0, rng.choice(categories)])
     rows = np.array(rows)
     rows[:, 5] = rng.permutation(np.linspace(0.02, 0.99, len(rows)))
-    return rows
+    return as_detections(rows, sorted(truth.cats))
 
 
-# coco_metrics
+def metrics_of(truth, detections):
+    return compute_metrics(truth, detections, sorted(truth.cats))
+
+
+# compute_metrics
 
 
 def test_ground_truth_as_detections_scores_one(truth):
     objects = [a for a in truth.anns.values() if not a["iscrowd"]]
-    metrics = coco_metrics(truth, np.array([[a["image_id"], *a["bbox"], 1, a["category_id"]] for a in objects]))
+    rows = [[a["image_id"], *a["bbox"], 1, a["category_id"]] for a in objects]
+    metrics = metrics_of(truth, as_detections(rows, sorted(truth.cats)))
     for name in ("AP", "AP50", "AP75", "AR100"):
         assert metrics[name] == pytest.approx(1)
     assert list(metrics["per_class"].values()) == pytest.approx([1] * len(metrics["per_class"]))
 
 
 def test_no_detections_score_zero(truth):
-    metrics = coco_metrics(truth, np.zeros((0, 7)))  # pycocotools' loadRes([]) raises IndexError
+    metrics = metrics_of(truth, {})  # pycocotools' loadRes([]) raises IndexError
     areas = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
     for name in METRICS:
         low, high = areas.get(name[-1], (0, 1e10))
@@ -100,7 +111,7 @@ def test_no_detections_score_zero(truth):
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_are_pycocotools_own(truth, seed):
     detections = perturbed(truth, seed)
-    metrics = coco_metrics(truth, detections)
+    metrics = metrics_of(truth, detections)
     assert list(metrics) == [*METRICS, "per_class"]
     assert 0.05 < metrics["AP"] < 0.9  # neither extreme would tell much
     assert [metrics[name] for name in METRICS] == pycocotools_figures(truth, detections).tolist()
@@ -108,40 +119,39 @@ def test_figures_are_pycocotools_own(truth, seed):
 
 def test_per_class_ap_is_that_of_each_class_alone(truth):
     detections = perturbed(truth, 7)
-    per_class = coco_metrics(truth, detections)["per_class"]
+    per_class = metrics_of(truth, detections)["per_class"]
     for category, entry in truth.cats.items():
         alone = pycocotools_figures(truth, detections, [category])[0]
         if alone > -1:
             assert per_class.pop(entry["name"]) == pytest.approx(alone, abs=1e-12)
     assert not per_class  # a class without an object has no AP
-    json.dumps(coco_metrics(truth, detections))  # plain numbers
+    json.dumps(metrics_of(truth, detections))  # plain numbers
 
 
 def test_metrics_do_not_change_what_they_are_given(truth):
     detections = perturbed(truth, 1)
-    copies = detections.copy(), json.dumps(truth.dataset)
-    first, second = coco_metrics(truth, detections), coco_metrics(truth, detections)
+    copies = copy.deepcopy(detections), json.dumps(truth.dataset)
+    first, second = metrics_of(truth, detections), metrics_of(truth, detections)
     assert first == second and copies[1] == json.dumps(truth.dataset)
-    np.testing.assert_array_equal(detections, copies[0])
+    assert same(detections, copies[0])
 
 
 def test_categories_are_dealt_by_their_detections():
     counts = {1: 0, 2: 500, 3: 1, 4: 90, 5: 100, 6: 0, 7: 10}
-    detections = np.zeros((sum(counts.values()), 7))
-    detections[:, 6] = np.repeat(list(counts), list(counts.values()))
     for shares in range(1, 10):  # also more than there are categories
-        dealt = split_categories(counts, detections, shares)
+        dealt = split_categories(counts, counts, shares)
         assert len(dealt) == shares and sorted(sum(dealt, [])) == sorted(counts)
-    assert split_categories(counts, detections, 3) == [[2], [5, 3, 6], [4, 7, 1]]
-    assert [len(share) for share in split_categories(counts, detections[:0], 3)] == [3, 2, 2]  # nothing was found
+    assert split_categories(counts, counts, 3) == [[2], [5, 3, 6], [4, 7, 1]]
+    assert [len(share) for share in split_categories(counts, Counter(), 3)] == [3, 2, 2]  # nothing was found
 
 
 def test_results_are_in_cocos_format():
-    rows = np.array([[139, 1.5, 2, 30, 40, 0.75, 21], [141, 0, 0, 5, 5, 0.5, 3]])
+    rows = np.array([[141, 0, 0, 5, 5, 0.5, 3], [139, 1.5, 2, 30, 40, 0.75, 21]])
     first = {"image_id": 139, "category_id": 21, "bbox": [1.5, 2, 30, 40], "score": 0.75}
-    assert coco_results(rows)[0] == first
-    assert type(coco_results(rows)[1]["image_id"]) is int
-    assert coco_results(np.zeros((0, 7))) == []
+    results = coco_results(as_detections(rows, [3, 21]), [3, 21])
+    assert results[0] == first and [result["image_id"] for result in results] == [139, 141]
+    assert type(results[1]["image_id"]) is type(results[1]["category_id"]) is int
+    assert coco_results({}, [3, 21]) == []
 
 
 def test_the_table_shows_all_twelve_figures():
@@ -191,19 +201,19 @@ def test_a_detector_that_finds_everything_scores_one(shapes_folder, truth, batch
     assert oracle.thresholds == {(0.01, 0.4)}  # SSD section 3.7
     assert metrics["AP"] == pytest.approx(1)
     objects = [a for a in truth.anns.values() if not a["iscrowd"]]
-    assert detections.shape == (len(objects), 7) and detections.dtype == np.float64
+    assert sorted(detections) == sorted(truth.imgs)
+    results = coco_results(detections, sorted(truth.cats))
     expected = sorted((a["image_id"], *a["bbox"], a["category_id"]) for a in objects)
-    columns = sorted(map(tuple, detections[:, [0, 1, 2, 3, 4, 6]].tolist()))
-    np.testing.assert_allclose(columns, expected, atol=1e-3)
-    assert ((detections[:, 5] >= 0.5) & (detections[:, 5] <= 1)).all()
-    assert (np.diff(detections[:, 0]) >= 0).all()
+    rows = sorted((r["image_id"], *r["bbox"], r["category_id"]) for r in results)
+    np.testing.assert_allclose(rows, expected, atol=1e-3)
+    assert all(0.5 <= r["score"] <= 1 for r in results)
 
 
 def test_a_detector_that_finds_nothing_scores_zero(shapes_folder, truth):
     loader = DataLoader(CocoDataset(shapes_folder, "val2017"), 4)
     oracle = Oracle(val_file(shapes_folder), found=False)
     metrics, detections = evaluate(oracle, loader, truth)
-    assert metrics["AP"] == 0 and detections.shape == (0, 7)
+    assert metrics["AP"] == 0 and not any(len(found["boxes"]) for found in detections.values())
 
 
 def test_large_image_ids_survive(tmp_path):
@@ -227,7 +237,7 @@ def test_large_image_ids_survive(tmp_path):
     loader = [(pixels, torch.tensor([image_id]), torch.tensor([[300.0, 300]]))]
     metrics, detections = evaluate(One(), loader, truth)
     assert metrics["AP"] == pytest.approx(1)
-    assert coco_results(detections)[0]["image_id"] == image_id
+    assert coco_results(detections, [5])[0]["image_id"] == image_id
 
 
 # train_steps
@@ -253,11 +263,16 @@ def batches(count, size=2):
     ]
 
 
-def train(model, loader, criterion, first=0, epoch=0, lr=lambda *_: 0.1, amp=False, momentum=0):
-    """All that an epoch yields, trained with plain SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), 123.0, momentum)
+def run_of(network, optimizer, epoch=0, samples_seen=0):
+    """What train_steps needs of a Run."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return train_steps(model, loader, criterion, optimizer, scaler, epoch, first, lr, amp)
+    return Run("ssdlite", network, optimizer, scaler, [], [], {}, epoch, samples_seen)
+
+
+def train(model, loader, criterion, first=0, epoch=0, lr=lambda *_: 0.1, amp=False, momentum=0):
+    """All that an epoch yields, trained with plain SGD; batches of two."""
+    optimizer = torch.optim.SGD(model.parameters(), 123.0, momentum)
+    return train_steps(run_of(model, optimizer, epoch, 2 * first), model, loader, criterion, lr, amp)
 
 
 def logged(steps):
@@ -301,10 +316,9 @@ def test_a_groups_factor_multiplies_its_learning_rate():
 
     model = TwoWeights()
     groups = [{"params": [model.w], "lr_factor": 0.25}, {"params": [model.v], "lr_factor": 1.0}]
-    optimizer = torch.optim.SGD(groups, 123.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loader, rates = batches(10), lambda epoch, iteration: 0.1 * (iteration + 1)
-    steps = train_steps(model, loader, constant_losses, optimizer, scaler, 0, 0, rates, False)  # gradients 1 and 10
+    run = run_of(model, torch.optim.SGD(groups, 123.0))
+    rates = lambda epoch, iteration: 0.1 * (iteration + 1)  # noqa: E731
+    steps = train_steps(run, model, batches(10), constant_losses, rates)  # gradients 1 and 10
     ((_, figures),) = logged(steps)
     total = 0.1 * sum(range(1, 11))
     assert model.w.item() == pytest.approx(-0.25 * total)
@@ -319,9 +333,8 @@ def test_frozen_layers_keep_their_weights_and_statistics():
     before = {key: value.clone() for key, value in network.state_dict().items()}
     targets = torch.zeros(2, 3000, 4), torch.ones(2, 3000, dtype=torch.int64)
     loader = [(torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8), *targets, torch.arange(2))]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    optimizer = make_optimizer(network, 0.01)
-    list(train_steps(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 0.01, False))
+    run = run_of(network, make_optimizer(network, 0.01))
+    list(train_steps(run, network, loader, MultiBoxLoss(), lambda *_: 0.01))
     after = network.state_dict()
     for key in before:
         frozen = key.startswith(("backbone.mean", *(f"backbone.to_stride_16.{n}." for n in range(7))))
@@ -372,8 +385,11 @@ def test_training_sets_training_mode_and_normalizes():
 
 def test_a_step_is_done_when_it_is_yielded():
     model = Weight()  # a checkpoint saved now has this step in it
-    for done, _ in enumerate(train(model, batches(3), constant_losses), start=1):
+    run = run_of(model, torch.optim.SGD(model.parameters(), 123.0), samples_seen=8)
+    steps = train_steps(run, model, batches(3), constant_losses, lambda *_: 0.1)
+    for done, _ in enumerate(steps, start=1):
         assert model.w.item() == pytest.approx(-1.1 * done, rel=1e-5)
+        assert run.samples_seen == 8 + 2 * done
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.annotations import ground_truth
+from src.annotations import load_ground_truth
 from src.boxes import Encoder, make_default_boxes
 from src.checkpoint import load_checkpoint
 from src.dataset import CocoDataset
@@ -107,7 +107,7 @@ def test_damaged_annotations(tmp_path, shapes_folder):
         data.check_files(range(len(data)))
         _, loc_targets, cls_targets, _ = data[0, rng.randrange(len(data))]
         assert loc_targets.isfinite().all() and cls_targets.max() < len(data.classes)
-        truth = ground_truth(file)
+        truth = load_ground_truth(file)
         assert all(np.isfinite(annotation["bbox"]).all() for annotation in truth.anns.values())
 
     outcomes = []

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from demo.shapes import make_dataset
 from src import distributed
 from src.boxes import Encoder, make_default_boxes
+from src.checkpoint import Run
 from src.detector import Detector
 from src.engine import make_optimizer, train_steps
 from src.loss import MultiBoxLoss
@@ -47,8 +48,8 @@ def network_of(name, num_classes=4):
 
 def steps(network, name, scaler, count, amp, size=8):
     """Iterator over `count` training steps: (iteration, figures)."""
-    optimizer, loader = make_optimizer(network, 1e-3), [batch(name, size)] * count
-    return train_steps(network, loader, MultiBoxLoss(), optimizer, scaler, 0, 0, lambda *_: 1e-3, amp)
+    run = Run(name, network, make_optimizer(network, 1e-3), scaler, [], [], {})
+    return train_steps(run, network, [batch(name, size)] * count, MultiBoxLoss(), lambda *_: 1e-3, amp)
 
 
 def losses(*args):
@@ -98,7 +99,7 @@ def test_a_gpu_finds_what_a_cpu_finds(name):
     on_gpu, on_cpu = (Detector(network, name, classes, ids, kind) for kind in ("cuda", "cpu"))
     images = torch.randn(2, 3, 300, 300)
     with torch.inference_mode():
-        for here, there in zip(on_gpu.model(images.cuda()), on_cpu.model(images), strict=True):
+        for here, there in zip(on_gpu.network(images.cuda()), on_cpu.network(images), strict=True):
             assert there.std() > 0.01  # not one constant compared with another
             assert_close(here.cpu(), there, atol=1e-3, rtol=1e-3)
     # The same outputs decode to the same detections.

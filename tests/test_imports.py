@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What each module of src may import from src, beside usage, which everyone may.
-FOUNDATIONS = {"boxes", "loss", "transform", "distributed", "visualize", "images", "annotations", "voc_metric"}
+FOUNDATIONS = set("boxes loss transform distributed visualize images annotations classes voc_metric".split())
 BELOW = {name: set() for name in (*FOUNDATIONS, "usage")}
 BELOW["model"] = {"boxes"}
 BELOW["stopping"] = {"distributed"}
 BELOW["dataset"] = BELOW["checkpoint"] = FOUNDATIONS | {"model"}
+BELOW["log"] = FOUNDATIONS | {"detector", "engine"}
 BELOW["detector"] = BELOW["engine"] = FOUNDATIONS | {"model", "dataset", "checkpoint"}
 
 MODULES = sorted(path.stem for path in ROOT.glob("src/*.py") if path.stem != "__init__")

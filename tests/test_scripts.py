@@ -630,19 +630,6 @@ def test_damaged_videos(trained, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "test_dataset.py", "test_image.py", "test_video.py", "export.py", "tools.benchmark"]
-)
-def test_ctrl_c_during_the_imports_is_silent(script):
-    command = [sys.executable, *([script] if script.endswith(".py") else ["-m", script]), "--help"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=-1, stderr=-1, text=True)
-    maps = Path(f"/proc/{process.pid}/maps")
-    while "libtorch_cpu" not in maps.read_text():  # a library of torch, so seconds to go
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "") and process.returncode == 130
-
-
-@pytest.mark.parametrize(
     "script, options, value",
     [
         ("train.py", ["--data-path", "no/such"], "no/such"),

@@ -5,7 +5,6 @@ The networks that main makes are real; training and evaluation are spies that no
 
 import lzma
 import os
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +20,11 @@ from torchvision.models import mobilenet_v2
 from torchvision.transforms.functional import normalize, to_tensor
 
 import train
-from src import distributed, stopping, usage
+from src import distributed
 from src.checkpoint import start_network
 from src.engine import METRICS, make_optimizer
 from src.images import read_image
+from src.log import write_images
 from src.model import build_model
 from src.transform import resize
 from src.visualize import class_color
@@ -117,21 +117,6 @@ def test_the_backbone_alone_takes_backbone_lr_factor(name):
     assert {factors.pop(id(p)) for p in rest} == {1.0} and not factors
 
 
-@pytest.mark.parametrize("name", ["ssd", "ssdlite"])
-def test_momentum_of_checkpoints_with_two_groups_finds_its_weights(name):
-    # Until 2026-11-25: the weights in one group, biases and batch norm in another.
-    network = build_model(name, 4, pretrained_backbone=False)
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim == 1]
-    old = torch.optim.SGD([{"params": weights}, {"params": others}], 0.1, momentum=0.9)
-    for number, p in enumerate([*weights, *others]):
-        old.state[p]["momentum_buffer"] = torch.full_like(p, number)
-    stopped = {"optimizer": old.state_dict()}
-    optimizer = make_optimizer(network, 0.1, backbone_lr_factor=0.03, stopped=stopped)
-    for number, p in enumerate([*weights, *others]):
-        assert (optimizer.state[p]["momentum_buffer"] == number).all()
-
-
 @pytest.fixture
 def imagenet_network(tmp_path, monkeypatch):
     """The network train.py starts SSDLite from by default; any download raises."""
@@ -147,7 +132,7 @@ def imagenet_network(tmp_path, monkeypatch):
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     (tmp_path / "hub/checkpoints" / IMAGENET_FILE).write_bytes(lzma.decompress(packed.read_bytes()))
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "ssdlite"])
-    return start_network(train.parse_args(), None, ["background", "cat", "dog"]).eval()
+    return start_network(train.parse_args(), classes=["background", "cat", "dog"], resuming=False).eval()
 
 
 @pytest.mark.parametrize(
@@ -182,34 +167,6 @@ def test_training_starts_from_imagenets_features(imagenet_network, tmp_path):
         assert last.std() > 0.1  # 6e-9 in an untrained network
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_a_clusters_warning_of_its_time_limit_stops_a_run(number):
-    before = {n: signal.getsignal(n) for n in usage.ENDING}
-    try:
-        received = stopping.stop_on_signals()
-        os.kill(os.getpid(), number)
-        assert received == [number]
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
-
-
-def test_a_closed_terminal_stops_a_run_but_for_nohup():
-    before = {n: signal.getsignal(n) for n in usage.ENDING}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-        received = stopping.stop_on_signals()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert received == []
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        received = stopping.stop_on_signals()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert received == [signal.SIGHUP]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def spied_main(rank, world_size, port, options, maps, file):
     """Run train.main, whose epochs score the figures of `maps`; save what was handed on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -218,12 +175,12 @@ def spied_main(rank, world_size, port, options, maps, file):
     torch.set_num_threads(1)
     seen, results = [], iter(maps)
 
-    def train_steps(model, loader, _, optimizer, scaler, epoch, first, learning_rate, amp):
+    def train_steps(run, model, loader, _, learning_rate, amp):
         for buffer in model.buffers():  # as if this process had seen pictures of its own
             buffer.fill_(distributed.rank() + 1)
         ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
         seen.append({"ids": ids, "ddp": isinstance(model, DistributedDataParallel)})
-        seen[-1] |= {"amp": amp, "lr": learning_rate(1, 0), "epoch": epoch, "first": first}
+        seen[-1] |= {"amp": amp, "lr": learning_rate(1, 0), "epoch": run.epoch, "first": run.samples_seen}
         seen[-1]["lr_at_the_end"] = learning_rate(0, len(loader) - 1)
         seen[-1]["zoom_out"] = loader.dataset.zoom_out
         return []
@@ -239,7 +196,7 @@ def spied_main(rank, world_size, port, options, maps, file):
         return dict.fromkeys(METRICS, next(results)), None
 
     train.train_steps, train.Detector, train.evaluate = train_steps, detector, evaluate
-    train.write_images = lambda *_: None
+    train.write_evaluation = lambda *_: None
     sys.argv = ["train.py", *options]
     train.main()
     torch.save(seen, file.format(rank=rank))
@@ -332,7 +289,7 @@ def test_truth_of_a_set_with_fewer_categories_has_their_colors():
         category_ids=[2, 7, 44],
         detect_resized=lambda *_, **__: [nothing],
     )
-    train.write_images(log, detector, OneCup(), 0)
+    write_images(log, detector, OneCup(), 0)
     edge = drawn[0][61:240, 300 + 240]  # the right edge of the box, in the right half
     assert (edge == class_color(3)).all(axis=1).mean() > 0.9
 

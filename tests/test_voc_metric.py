@@ -26,9 +26,15 @@ def row(image_id, bbox, score, category=1):
     return [image_id, *bbox, score, category]
 
 
+def results(rows):
+    """Rows of `row` in COCO's results format."""
+    rows = np.array(rows, float).reshape(-1, 7).tolist()
+    return [{"image_id": int(i), "category_id": int(c), "bbox": box, "score": s} for i, *box, s, c in rows]
+
+
 def judged(objects, *detections):
     """What `right_or_wrong` says of detections of class 1."""
-    return right_or_wrong(np.array(detections, float).reshape(-1, 7), truth(*objects).dataset["annotations"]).tolist()
+    return right_or_wrong(results(detections), truth(*objects).dataset["annotations"]).tolist()
 
 
 BOX, SAME_BY_HALF = [10, 10, 40, 40], [10, 10, 40, 80]  # IoU exactly 0.5
@@ -89,7 +95,7 @@ def test_each_recall_of_the_eleven_is_reached_exactly(tenths):
 
 def test_classes_and_their_mean():
     objects = [(1, 1, BOX, 0), (1, 2, BOX, 0), (2, 2, BOX, 0), (2, 3, BOX, 1)]
-    found = np.array([row(1, BOX, 0.9, 1), row(1, BOX, 0.8, 2), row(2, BOX, 0.8, 3)])
+    found = results([row(1, BOX, 0.9, 1), row(1, BOX, 0.8, 2), row(2, BOX, 0.8, 3)])
     metrics = voc_metrics(truth(*objects, names=("cat", "dog", "only difficult", "absent")), found)
     assert metrics["VOC07"]["per_class"] == pytest.approx({"cat": 1, "dog": 6 / 11})
     assert metrics["VOC10"]["per_class"] == pytest.approx({"cat": 1, "dog": 1 / 2})
@@ -99,7 +105,7 @@ def test_classes_and_their_mean():
 
 
 def test_nothing_to_find_and_nothing_found():
-    nothing = np.zeros((0, 7))
+    nothing = []
     assert voc_metrics(truth((1, 1, BOX, 1)), nothing)["VOC07"] == {"mAP": -1, "per_class": {}}
     assert voc_metrics(truth((1, 1, BOX, 0)), nothing)["VOC10"] == {"mAP": 0, "per_class": {"cat": 0}}
 
@@ -127,7 +133,7 @@ def random_case(seed, difficult, images=20):
 def test_equals_an_independent_implementation(seed, difficult):
     """mean_average_precision mixes up `difficult` where an image has several objects of a class, so none has."""
     objects, found = random_case(seed, difficult)
-    metrics = voc_metrics(truth(*objects, names=("a", "b", "c")), found)
+    metrics = voc_metrics(truth(*objects, names=("a", "b", "c")), results(found))
     assert 0.05 < metrics["VOC07"]["mAP"] < 0.95
     peer = MetricBuilder.build_evaluation_metric("map_2d", num_classes=3)
     for image in sorted({int(i) for i in found[:, 0]} | {one[0] for one in objects}):

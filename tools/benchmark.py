@@ -11,11 +11,6 @@ On a GPU the first rows compare memory layouts: where NCHW (contiguous) is much 
 (channels_last, which all scripts use), cuDNN lacks a good kernel for that GPU and precision.
 """
 
-from src import usage
-
-if __name__ == "__main__":
-    usage.quit_on_ctrl_c()  # the imports below take seconds
-
 import contextlib
 import copy
 import io
@@ -39,12 +34,13 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_tensor
 
 from demo import shapes
-from src.annotations import ground_truth
+from src import usage
+from src.annotations import load_ground_truth
 from src.boxes import Encoder, box_cxcywh_to_xyxy, make_default_boxes
-from src.checkpoint import save_checkpoint
+from src.checkpoint import Run, save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
-from src.engine import coco_metrics, evaluate, make_optimizer, train_steps
+from src.engine import compute_metrics, evaluate, make_optimizer, train_steps
 from src.images import read_image
 from src.loss import MultiBoxLoss
 from src.model import build_model
@@ -257,7 +253,7 @@ def inference(args, device, limit, name, batch):
             f"{name} forward, batch {batch}",
             batch,
             lambda: network(images),
-            lambda: detector.model(fast),
+            lambda: detector.network(fast),
             args.repeats,
             operations(network, images) / limit,
         )
@@ -319,12 +315,13 @@ def training_step(args, device, name, layout=torch.channels_last):
     """Return a function that takes one training step on a batch of 8 as train.py does, in one memory layout."""
     network = network_of(name, device).to(memory_format=layout)
     network.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous(memory_format=layout))
-    optimizer = make_optimizer(network, 1e-4)
     scaler = torch.amp.GradScaler(device, enabled=args.amp and device == "cuda")
-    loader, criterion = [batch_of(name)], MultiBoxLoss()
+    run = Run(name, network, make_optimizer(network, 1e-4), scaler, [], [], {})
+    loader = [batch_of(name)]
+    criterion = MultiBoxLoss()
 
     def step():
-        epoch = train_steps(network, loader, criterion, optimizer, scaler, 0, 0, lambda *_: 1e-4, args.amp)
+        epoch = train_steps(run, network, loader, criterion, lambda *_: 1e-4, args.amp)
         cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # as train.py has it
         with cudnn, contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             list(epoch)
@@ -337,7 +334,7 @@ def layouts(args, device, name):
     # In channels_last, cuDNN can be 35 times slower at float32 depthwise convolutions.
     both = torch.contiguous_format, torch.channels_last
     detector = Detector(network_of(name, device), name, NAMES, IDS, device, args.amp)
-    models = [copy.deepcopy(detector.model).to(memory_format=layout) for layout in both]
+    models = [copy.deepcopy(detector.network).to(memory_format=layout) for layout in both]
     images = torch.randn(8, 3, 300, 300, device=device, dtype=detector.dtype)
     images = [images.contiguous(memory_format=layout) for layout in both]
     with torch.inference_mode():
@@ -375,7 +372,7 @@ def training(args, device, name):
 def validation(args, device, folder, name):
     """Evaluating a whole set: images in, COCO metrics out."""
     data = CocoDataset(folder, "val2017")
-    truth = ground_truth(data.annotation_file)
+    truth = load_ground_truth(data.annotation_file)
     network = network_of(name, device)
     names = [*data.classes, *map(str, range(CLASSES - len(data.classes)))]
     ids = [*data.category_ids, *range(100, 100 + CLASSES - len(data.classes))]
@@ -384,17 +381,16 @@ def validation(args, device, folder, name):
 
     @torch.inference_mode()
     def reference():
-        rows = []
+        detections = {}
         for index in range(len(data)):
             image = Image.open(data.path(index)).convert("RGB")
             pixels = REFERENCE_PIXELS(image.resize((300, 300), Image.Resampling.BILINEAR))
             loc, logits = network(pixels[None].to(device))
             (found,) = reference_decode(default_boxes, loc.cpu(), logits.cpu())
-            for x1, y1, x2, y2, score, label in found.tolist():
-                box = x1 * image.width, y1 * image.height, x2 * image.width, y2 * image.height
-                box = box[0], box[1], box[2] - box[0], box[3] - box[1]
-                rows.append([data.image_ids[index], *box, score, ids[int(label) - 1]])
-        coco_metrics(truth, np.array(rows).reshape(-1, 7))
+            boxes = found[:, :4] * torch.tensor([image.width, image.height] * 2)
+            scores, labels = found[:, 4], found[:, 5].long()
+            detections[int(data.image_ids[index])] = {"boxes": boxes, "labels": labels, "scores": scores}
+        compute_metrics(truth, detections, ids)
 
     def ours():
         detector = Detector(network, name, names, ids, device, args.amp)

@@ -1,0 +1,86 @@
+"""src.stopping: what ends a run early costs no step; other systems than Unix."""
+
+import os
+import runpy
+import signal
+import sys
+
+import pytest
+import torch
+from runs import ROOT
+
+from src import stopping, usage
+from src.checkpoint import Run
+from src.usage import UnreadableImage, UserError
+
+
+@pytest.fixture
+def restored_signals():
+    """Handlers of this process are as before when the test ends."""
+    before = {number: signal.getsignal(number) for number in usage.ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run():
+    """A run of one weight, after eight images."""
+    network = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Run("ssdlite", network, optimizer, scaler, ["background", "a"], [1], {"epochs": 1}, samples_seen=8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_waits_for_the_step_then_the_run_is_saved(restored_signals, run, tmp_path, number, capfd):
+    file = tmp_path / "ssdlite.pth"
+    signal.signal(number, signal.SIG_DFL)
+    with pytest.raises(SystemExit) as end, stopping.Stoppable(run, file) as stoppable:
+        stoppable.after_step(None)
+        os.kill(os.getpid(), number)
+        run.samples_seen += 4
+        assert not file.exists()
+        stoppable.after_step(None)
+        raise AssertionError("the run goes on")
+    assert end.value.code == 128 + number
+    assert torch.load(file, weights_only=True)["samples_seen"] == 12
+    assert f"stopped; saved {file}" in capfd.readouterr().out
+
+
+def test_nohup_outlives_its_terminal(restored_signals, run, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with stopping.Stoppable(run, tmp_path / "ssdlite.pth") as stoppable:
+        os.kill(os.getpid(), signal.SIGHUP)
+        stoppable.after_step(None)
+        assert stoppable.signals == []
+
+
+@pytest.mark.parametrize("error", [UnreadableImage("a.jpg"), OSError(28, "No space left on device")])
+def test_steps_before_an_error_of_a_file_are_saved(restored_signals, run, tmp_path, error):
+    file = tmp_path / "ssdlite.pth"
+    with pytest.raises(type(error)), stopping.Stoppable(run, file) as stoppable:
+        stoppable.after_step(None)
+        raise error
+    assert torch.load(file, weights_only=True)["samples_seen"] == 8
+
+
+@pytest.mark.parametrize("error", [UnreadableImage("a.jpg"), OSError(5, "I/O error"), UserError("loss not finite")])
+def test_an_error_before_a_step_or_of_another_kind_saves_nothing(restored_signals, run, tmp_path, error):
+    file = tmp_path / "ssdlite.pth"
+    with pytest.raises(type(error)), stopping.Stoppable(run, file) as stoppable:
+        if type(error) is UserError:
+            stoppable.after_step(None)
+        raise error
+    assert not file.exists()
+
+
+def test_without_fcntl_and_unixs_signals_a_line_says_that_there_is_no_lock(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD"):
+        monkeypatch.delattr(signal, name)
+    assert runpy.run_path(str(ROOT / "src/usage.py"))["ENDING"] == [signal.SIGINT, signal.SIGTERM]
+    module = runpy.run_path(str(ROOT / "src/stopping.py"))
+    assert module["lock"](tmp_path / "ssdlite.lock") == ""
+    assert "no locks on this system" in capsys.readouterr().out
+    module["kill_workers"]()
