@@ -22,15 +22,15 @@ def class_color(label):
     return tuple(PALETTE[k : k + 3])
 
 
-def draw_detections(image, boxes, labels, scores, classes):
+def draw_detections(image, boxes, labels, scores, classes, scale=None):
     """Return a copy of image (H, W, 3) uint8 RGB with boxes (K, 4) xyxy in pixels drawn on it.
 
-    labels (K,) index into `classes`; scores (K,) in [0, 1], or None for ground truth. Lines and
-    type scale with the image; labels stay inside its frame.
+    labels (K,) index into `classes`; scores (K,) in [0, 1], or None for ground truth. Labels stay
+    inside the frame. Lines and type suit an image of side `scale`: by default this one's shorter.
     """
     image = np.array(image, order="C")
     height, width = image.shape[:2]
-    scale = min(height, width)
+    scale = scale or min(height, width)
     thickness, size = max(1, round(scale / 250)), max(11, round(scale / 30))
     order = range(len(boxes) - 1, -1, -1)  # the best last, on top
     for k in order:

@@ -203,6 +203,13 @@ def test_lines_and_type_scale_with_the_picture():
     assert 3 * small_line <= large_line <= 8 * small_line  # OpenCV draws 5 as 7 pixels
 
 
+def test_lines_and_type_of_a_larger_image_on_a_small_one():
+    box, large = np.float32([[60, 150, 240, 270]]), canvas(600, 600)
+    small = draw_detections(canvas(300, 300), box, [1], None, CLASSES, scale=600)
+    alike = draw_detections(large, box, [1], None, CLASSES)
+    assert np.array_equal(small, alike[:300, :300])
+
+
 @pytest.mark.parametrize("a, b", [("人", "狗"), ("ж", "я"), ("ك", "ق"), ("é", "ü"), ("犬", "猫"), ("개", "말")])
 def test_names_in_other_scripts_are_written_not_replaced_by_question_marks(a, b):
     box = [[100, 100, 200, 160]]
