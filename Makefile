@@ -33,7 +33,7 @@ figures: .venv/installed-dev
 	cp demo/shapes/val2017/000000000178.jpg demo/pictures/2.jpg
 	cp demo/shapes/val2017/000000000152.jpg demo/pictures/3.jpg
 	$(PYTHON) -m demo.video --output demo/video.gif --pretrained-model demo/ssdlite_shapes.pth
-	$(PYTHON) -m demo.notebook
+	.venv/bin/jupyter execute --inplace demo/ssd_explained.ipynb
 
 photos: .venv/installed
 	$(PYTHON) -m demo.photos --pretrained-model demo/ssdlite_voc.pth
