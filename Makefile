@@ -1,7 +1,7 @@
 # make demo   train SSDLite on the sample data set and draw what it finds (about six minutes on two CPU cores)
 # make test   ruff and pytest
 # make figures  train longer and make what is shown in demo/, but tensorboard.png (AMP=--amp: half precision, if the CPU can)
-# make photos  draw what demo/ssdlite_voc.pth finds in the photographs of README
+# make photos  draw what demo/ssdlite_voc.pth finds in the photographs of README, and run the notebook
 
 PYTHON = .venv/bin/python
 RUN = demo/training
@@ -35,8 +35,9 @@ figures: .venv/installed-dev
 	$(PYTHON) -m demo.video --output demo/video.gif --pretrained-model demo/ssdlite_shapes.pth
 	.venv/bin/jupyter execute --inplace demo/ssd_explained.ipynb
 
-photos: .venv/installed
+photos: .venv/installed-dev
 	$(PYTHON) -m demo.photos --pretrained-model demo/ssdlite_voc.pth
+	.venv/bin/jupyter execute --inplace demo/ssd_explained.ipynb
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .
