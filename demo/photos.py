@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from src import usage
-from src.detector import Detector
+from src.detector import SHOW_THRESHOLD, Detector
 from src.images import read_image, save_image
 from src.visualize import draw_detections
 
@@ -18,13 +18,12 @@ DEMO = Path(__file__).parent
 ROWS = ["street", "kitchen", "dinner", "gull"], ["airplane", "desk", "snowboarder", "hall"]
 NAMES = [*ROWS[0], *ROWS[1], "ribbon"]
 WIDTH, GAP = 1660, 8  # twice as wide as a page, for high-density screens
-SCORE = 0.3  # the default of test_image.py
 SCALE = 510  # type of 17 pixels, legible at half its size
 
 
 def draw(detector, photo, height):
     """What is found in `photo`, drawn on it at `height` pixels."""
-    (found,) = detector([photo], SCORE)
+    (found,) = detector([photo], SHOW_THRESHOLD)
     factor = height / photo.shape[0]
     photo = cv2.resize(photo, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
     return draw_detections(photo, found["boxes"] * factor, found["labels"], found["scores"], detector.classes, SCALE)
