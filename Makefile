@@ -1,13 +1,14 @@
 # make demo   train SSDLite on the sample data set and draw what it finds (about six minutes on two CPU cores)
 # make test   ruff and pytest
 # make figures  train longer and make what is shown in demo/, but tensorboard.png (AMP=--amp: half precision, if the CPU can)
+# make photos  draw what demo/ssdlite_voc.pth finds in the photographs of README, and run the notebook
 
 PYTHON = .venv/bin/python
 RUN = demo/training
 # glibc would hand the memory of each step back to the system, only to ask for it again.
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-.PHONY: demo figures test
+.PHONY: demo figures photos test
 
 demo: .venv/installed
 	$(PYTHON) -m demo.shapes demo/shapes --train 650 --val 100 --seed 0
@@ -32,7 +33,11 @@ figures: .venv/installed-dev
 	cp demo/shapes/val2017/000000000178.jpg demo/pictures/2.jpg
 	cp demo/shapes/val2017/000000000152.jpg demo/pictures/3.jpg
 	$(PYTHON) -m demo.video --output demo/video.gif --pretrained-model demo/ssdlite_shapes.pth
-	$(PYTHON) -m demo.notebook
+	.venv/bin/jupyter execute --inplace demo/ssd_explained.ipynb
+
+photos: .venv/installed-dev
+	$(PYTHON) -m demo.photos --pretrained-model demo/ssdlite_voc.pth
+	.venv/bin/jupyter execute --inplace demo/ssd_explained.ipynb
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .

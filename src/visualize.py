@@ -1,27 +1,36 @@
 """Draw detections on images."""
 
-import colorsys
-
 import cv2
 import numpy as np
 
+# Eighty colors, neither dark nor pale. The first twenty are at least 18 apart (CIEDE2000) and as far
+# from black, white and gray; each later one is as far as possible from all before it.
+PALETTE = bytes.fromhex(
+    """
+    d20069 0ff03c ffb40f c35a00 00c3ff 961eff ff002d 00f0d2 ffa578 3c783c 9678c3 0069e1 ffb4ff d2d200 ff2de1 00a587
+    87691e 87961e ff96a5 87a5ff c3e1a5 00a52d c37869 b4965a 0087b4 964b96 a54b3c c36996 5af0ff f0d296 00a5b4 e1871e
+    ff4b78 1ed287 87c31e ff692d 695ab4 b4a5e1 87b478 7878ff d287ff b4b469 0096ff ff78c3 c3a500 964b69 d2003c d22d00
+    69781e b45aff b4f000 a5784b 3c4bff 5ac3b4 ff8778 e100a5 c387c3 6978b4 008778 965a2d ffd200 c35a69 5a9669 b47800
+    e1e187 c31ed2 d2875a 3c8700 87f096 ffb469 a58700 87c3ff 87874b d2960f 00c300 ff3ca5 ffa5d2 87e1b4 965ac3 d25a3c
+    """
+)
+
 
 def class_color(label):
-    """The color of class `label`, (R, G, B): always the same, far from its neighbors'."""
-    hue = label * 0.618034 % 1  # the golden ratio spreads any number of hues evenly
-    lightness = (0.5, 0.65, 0.4)[label % 3]
-    return tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, lightness, 0.9))
+    """The color of class `label`, (R, G, B): always the same, and unlike those of other classes."""
+    k = 3 * (label - 1) % len(PALETTE)
+    return tuple(PALETTE[k : k + 3])
 
 
-def draw_detections(image, boxes, labels, scores, classes):
+def draw_detections(image, boxes, labels, scores, classes, scale=None):
     """Return a copy of image (H, W, 3) uint8 RGB with boxes (K, 4) xyxy in pixels drawn on it.
 
-    labels (K,) index into `classes`; scores (K,) in [0, 1], or None for ground truth. Lines and
-    type scale with the image; labels stay inside its frame.
+    labels (K,) index into `classes`; scores (K,) in [0, 1], or None for ground truth. Labels stay
+    inside the frame. Lines and type suit an image of side `scale`: by default this one's shorter.
     """
     image = np.array(image, order="C")
     height, width = image.shape[:2]
-    scale = min(height, width)
+    scale = scale or min(height, width)
     thickness, size = max(1, round(scale / 250)), max(11, round(scale / 30))
     order = range(len(boxes) - 1, -1, -1)  # the best last, on top
     for k in order:

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from runs import ROOT, frames_of, run
 
-from demo import video
+from demo import photos, video
 from demo.shapes import make_dataset
 from src import transform
 from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes, pairwise_iou
 from src.checkpoint import load_checkpoint, save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
+from src.images import read_image
 from src.model import build_model
 from src.transform import sample_patch
 
@@ -185,6 +186,22 @@ def test_the_gif_shows_each_shape_once_and_no_false_box(detector, tmp_path):
         shown = Image.open(path)
         assert shown.n_frames == 60 and shown.size == (640, 480)
         assert shown.info["duration"] == pytest.approx(1000 / 12, abs=5)
+
+
+@pytest.mark.parametrize("name", ["airplane", "snowboarder"])
+def test_photographs_show_what_the_bundled_detector_finds(name):
+    photo = read_image(ROOT / "demo" / "photos" / f"{name}.jpg")
+    drawn = photos.draw(Detector.load(ROOT / "demo" / "ssdlite_voc.pth", "cpu"), photo, photo.shape[0])
+    shown = read_image(ROOT / "demo" / f"{1 + photos.NAMES.index(name)}.jpg")
+    changed = np.abs(drawn.astype(int) - shown).max(axis=2) > 100  # more than JPEG does
+    assert changed.mean() < 0.002, "run make photos"
+
+
+def test_photographs_have_their_licenses():
+    folder = ROOT / "demo" / "photos"
+    rows = re.findall(r"(?m)^\| \[(\S+)\].*\[(?:CC BY 2.0|CC0|public domain)\]", (folder / "CREDITS.md").read_text())
+    files = sorted(f.name for f in folder.iterdir() if f.suffix != ".md")
+    assert sorted(rows) == files and {f"{name}.jpg" for name in photos.NAMES} <= set(files)
 
 
 def test_what_is_shown_is_small_enough_to_be_cloned():

@@ -18,7 +18,8 @@ from samples import voc_image, voc_list
 
 from demo.shapes import make_dataset
 
-PAGES = [ROOT / "README.md", *(page for folder in ("demo", "docs", "tests") for page in ROOT.glob(f"{folder}/*.md"))]
+FOLDERS = ".", "demo", "demo/photos", "docs", "tests"
+PAGES = [page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md"))]
 RUN = ("README.md", "docs/usage.md", "docs/how_ssd_works.md")  # docs/experiments.md quotes commands of its time
 TEXT = "\n".join(re.sub(r"\\\n +", "", (ROOT / page).read_text()) for page in RUN)  # continued lines as one
 BLOCKS = re.findall(r"(?m)^    (.+)$|\| `([^`]+)` \|", TEXT)  # what is indented is code, and some cells of tables

@@ -59,14 +59,55 @@ def test_edges_carry_the_classs_color():
         assert (out[100, 180:201] == class_color(label)).all()
 
 
+def lab(colors):
+    """CIELAB (N, 3), for D65, of sRGB (N, 3) in 0-255."""
+    part = np.float64(colors) / 255
+    part = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = (part @ np.transpose(to_xyz) / (0.9505, 1, 1.0890)).T
+    x, y, z = (np.where(t > 216 / 24389, np.cbrt(t), (24389 / 27 * t + 16) / 116) for t in (x, y, z))
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def ciede2000(p, q):
+    """Color difference of CIELAB colors (..., 3): 1 is just visible, 10 seen at a glance (Sharma et al., 2005)."""
+    lightness, *ab = np.moveaxis(np.broadcast_arrays(p, q), -1, 0)
+    ab = np.array(ab)  # (a and b, the two colors, ...)
+    seventh = np.hypot(*ab).mean(axis=0) ** 7
+    ab[0] *= 1.5 - 0.5 * np.sqrt(seventh / (seventh + 25**7))
+    chroma, hue = np.hypot(*ab), np.degrees(np.arctan2(ab[1], ab[0])) % 360
+    turn = (hue[1] - hue[0] + 180) % 360 - 180
+    l_mean, c_mean, h_mean = np.mean(lightness, axis=0) - 50, chroma.mean(axis=0), np.radians(hue[0] + turn / 2)
+    waves = (1, -0.17, -30), (2, 0.24, 0), (3, 0.32, 6), (4, -0.2, -63)
+    t = 1 + sum(height * np.cos(n * h_mean + np.radians(shift)) for n, height, shift in waves)
+    l_diff = (lightness[1] - lightness[0]) / (1 + 0.015 * l_mean**2 / np.sqrt(20 + l_mean**2))
+    c_diff = (chroma[1] - chroma[0]) / (1 + 0.045 * c_mean)
+    h_diff = 2 * np.sqrt(chroma[0] * chroma[1]) * np.sin(np.radians(turn / 2)) / (1 + 0.015 * c_mean * t)
+    bend = np.radians(60 * np.exp(-((((np.degrees(h_mean) % 360) - 275) / 25) ** 2)))
+    blue = -2 * np.sqrt(c_mean**7 / (c_mean**7 + 25**7)) * np.sin(bend)
+    return np.sqrt(l_diff**2 + c_diff**2 + h_diff**2 + blue * c_diff * h_diff)
+
+
+def test_the_color_difference_is_the_published_one():
+    pairs = [  # Sharma et al., table 1: pairs 1, 7, 20, 25 and 32
+        ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+        ((50, 0, 0), (50, -1, 2), 2.3669),
+        ((50, 2.5, 0), (58, 24, 15), 19.4535),
+        ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
+        ((6.7747, -0.2908, -2.4247), (5.8714, -0.0985, -2.2286), 0.6377),
+    ]
+    for p, q, published in pairs:
+        assert ciede2000(np.float64(p), np.float64(q)) == pytest.approx(published, abs=1e-4)
+
+
 def test_colors_tell_classes_apart():
-    colors = np.array([class_color(label) for label in range(1, 91)])
-    assert colors.min() >= 0 and colors.max() <= 255
-    distance = np.abs(colors[:, None] - colors).sum(axis=2) + 1000 * np.eye(len(colors))
-    assert distance.min() > 0  # COCO's labels, all different
-    assert np.diag(distance, 1).min() > 100  # neighbors far apart
-    assert np.diag(distance, 2).min() > 60
-    assert class_color(7) == class_color(7)
+    colors = lab([class_color(label) for label in range(1, 81)])  # COCO's labels
+    distance = ciede2000(colors[:, None], colors) + 1000 * np.eye(80)
+    assert distance[:20, :20].min() > 18  # VOC's; evenly spread hues: 4.6
+    assert distance.min() > 9
+    black_white_gray = lab([(0, 0, 0), (255, 255, 255), (128, 128, 128)])
+    assert ciede2000(colors[:20, None], black_white_gray).min() > 18
+    assert class_color(7) == class_color(7) == class_color(87)  # any label has one
 
 
 def test_each_detection_has_its_own_class_and_score():
@@ -162,6 +203,13 @@ def test_lines_and_type_scale_with_the_picture():
     assert 3 * small_line <= large_line <= 8 * small_line  # OpenCV draws 5 as 7 pixels
 
 
+def test_lines_and_type_of_a_larger_image_on_a_small_one():
+    box, large = np.float32([[60, 150, 240, 270]]), canvas(600, 600)
+    small = draw_detections(canvas(300, 300), box, [1], None, CLASSES, scale=600)
+    alike = draw_detections(large, box, [1], None, CLASSES)
+    assert np.array_equal(small, alike[:300, :300])
+
+
 @pytest.mark.parametrize("a, b", [("人", "狗"), ("ж", "я"), ("ك", "ق"), ("é", "ü"), ("犬", "猫"), ("개", "말")])
 def test_names_in_other_scripts_are_written_not_replaced_by_question_marks(a, b):
     box = [[100, 100, 200, 160]]
@@ -186,12 +234,12 @@ def luminance(color):
 
 
 def test_type_can_be_read_on_its_plate():
-    for label in range(1, 91):
+    for label in range(1, 81):
         out = draw([[5, 100, 590, 590]], [label], None, [""] * label + ["III"], (600, 600))
         plate = luminance(class_color(label))
         inks = luminance(out[ink(out, label)])
         contrast = (np.maximum(inks, plate) + 0.05) / (np.minimum(inks, plate) + 0.05)
-        assert contrast.max() > 2, label
+        assert contrast.max() > 4.5, label  # WCAG's level AA
 
 
 def test_boxes_may_be_tensors_or_arrays_or_lists():
