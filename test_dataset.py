@@ -31,7 +31,7 @@ def parse_args():
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=0.5, help="lowest score to draw; no effect on mAP")
     add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
-    add("--batch-size", type=usage.number(int, 1), default=32, help="images per forward pass")
+    add("--batch-size", type=usage.number(int, 1), default=32, help="images in memory and per forward pass")
     add("--num-workers", type=usage.number(int, 0), default=4, help="threads that read and draw images")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
     add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
@@ -66,12 +66,13 @@ def main():
             image_ids = dataset.image_ids[indices].tolist()
             detections.update(zip(image_ids, found, strict=True))
             list(pool.map(draw, image_ids, images, found))
-    (output / "detections.json").write_text(json.dumps(coco_results(detections, detector.category_ids)))
+            del images  # before the next ones are read
     metrics = compute_metrics(ground_truth, detections, detector.category_ids)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print(metrics_table(metrics))
     if "VOC07" in metrics and metrics["per_class"]:
         print(class_table(metrics))
+    (output / "detections.json").write_text(json.dumps(coco_results(detections, detector.category_ids)))
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print(f"{len(dataset) - len(failed)} images, detections.json, metrics.json -> {output}")
     if failed:
         raise UserError("; ".join(failed))
@@ -80,10 +81,13 @@ def main():
 def draw_to(output, classes, threshold, failed, image_id, image, found):
     """Draw what scores above `threshold` in an image to the folder `output`; list an error in `failed`."""
     shown = {key: values[found["scores"] > threshold] for key, values in found.items()}
+    file = output / f"{image_id}.jpg"
     try:
-        save_image(draw_detections(image, **shown, classes=classes), output / f"{image_id}.jpg", quality=90)
+        save_image(draw_detections(image, **shown, classes=classes), file, quality=90)
     except UserError as error:
-        failed.append(str(error))  # the other images first
+        failed.append(str(error))  # the other images first, and the metrics
+    except OSError as error:  # a full disk
+        failed.append(f"{file}: {error.strerror}; make room and start again")
 
 
 if __name__ == "__main__":

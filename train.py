@@ -95,8 +95,12 @@ def main():
     iterations = len(sampler)  # in a whole epoch
     latest = Path(args.save_folder) / f"{args.model}.pth"
     best = Path(args.save_folder) / f"{args.model}_best.pth"
+    usage.make_folder("--save-folder", args.save_folder)
+    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
+    stopping.lock_folder(latest)  # no other run may use it
     resuming = latest.exists()  # by run.resume, below
-    prepare_folders(args, None if resuming else (latest, best))
+    if args.pretrained_model and not resuming:
+        usage.prepare_outputs([("--save-folder", file) for file in (latest, best)], [args.pretrained_model])
     for name, data in (("training", train_set), ("validation", val_set)):
         if not resuming:  # a resumed run finds broken files as it loads them
             data.check_files(name)
@@ -109,7 +113,6 @@ def main():
     if args.freeze:
         freeze(network)
     network = network.to(device, memory_format=torch.channels_last)
-    ddp_network = distributed.maybe_ddp(network)
     criterion = MultiBoxLoss()
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
@@ -118,9 +121,10 @@ def main():
     # Resume, then train and evaluate
     options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
     run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
+    run.resume(latest)
+    ddp_network = distributed.maybe_ddp(network)
+    log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
     with stopping.Stoppable(run, latest) as stoppable:
-        run.resume(latest)
-        log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
             # A generator: each turn of the loop trains one step and adds to run.samples_seen; every tenth has a report.
@@ -159,14 +163,6 @@ def open_sets(args):
     for data in (train_set, val_set):
         data.check_folder()
     return train_set, val_set
-
-
-def prepare_folders(args, new_checkpoints):
-    """Make the folders that are written to; a new run's checkpoints must not replace what it starts from."""
-    usage.make_folder("--save-folder", args.save_folder)
-    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
-    if args.pretrained_model and new_checkpoints:
-        usage.prepare_outputs([("--save-folder", file) for file in new_checkpoints], [args.pretrained_model])
 
 
 def make_loaders(args, train_set, val_set, sampler, device):

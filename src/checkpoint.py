@@ -55,6 +55,8 @@ class Run:
                 f"weights not finite in epoch {self.epoch + 1} after {self.samples_seen} images,"
                 f" so not saved: lower --lr; {file} is as it was"
             )
+        if distributed.rank() != rank:
+            return
         state = {
             "model": self.model,
             "model_state_dict": self.network.state_dict(),
@@ -67,8 +69,7 @@ class Run:
             "category_ids": self.category_ids,
             "args": self.options,
         }
-        if distributed.rank() == rank:
-            save_checkpoint(file, state)
+        save_checkpoint(file, state)
 
     def resume(self, file):
         """Continue the run saved in `file`, if it exists; says where it was and which options changed. Collective.
@@ -86,8 +87,7 @@ class Run:
             raise UserError(f"{file}: differs between processes: --save-folder must be storage that all machines share")
         if not checkpoint:
             return
-        if checkpoint["model"] != self.model:
-            raise UserError(f"the checkpoint is of {checkpoint['model']}: use --model {checkpoint['model']}")
+        check_model(checkpoint, self.model)
         if checkpoint["classes"] != self.classes:
             raise UserError(
                 f"{file.parent}: holds a run on {len(checkpoint['classes']) - 1} other classes"
@@ -109,6 +109,12 @@ class Run:
             print_rank0("nothing left to train: raise --epochs, or give another --save-folder")
 
 
+def check_model(checkpoint, model):
+    """UserError if the checkpoint is of another model."""
+    if checkpoint["model"] != model:
+        raise UserError(f"the checkpoint is of {checkpoint['model']}: use --model {checkpoint['model']}")
+
+
 def start_network(args, classes, resuming):
     """The network of a new run: with ImageNet's weights, or those to fine-tune; one to be resumed brings its own."""
     imagenet = not (resuming or args.pretrained_model or args.no_pretrained_backbone)
@@ -117,8 +123,7 @@ def start_network(args, classes, resuming):
     network = build_model(args.model, len(classes), pretrained_backbone=False)
     if args.pretrained_model and not resuming:
         checkpoint = load_checkpoint(args.pretrained_model)
-        if checkpoint["model"] != args.model:
-            raise UserError(f"the checkpoint is of {checkpoint['model']}: use --model {checkpoint['model']}")
+        check_model(checkpoint, args.model)
         print_rank0(fine_tune_from(network, checkpoint, classes, args.pretrained_model))
     return network
 

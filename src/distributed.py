@@ -20,10 +20,10 @@ from src.usage import UserError
 TIMEOUT = timedelta(minutes=10)
 
 
-def choose_device(name=None, local_rank=0):
+def choose_device(name=None, local_rank=None):
     """The torch.device called `name`: "cpu", "cuda", "cuda:1" or "mps"; default: the CUDA GPU if there is one.
 
-    "cuda" is GPU number `local_rank`. UserError if `name` is not a device, or not here.
+    "cuda" is GPU number `local_rank`, by default CUDA's current one. UserError if `name` is not a device, or not here.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -35,9 +35,12 @@ def choose_device(name=None, local_rank=0):
         raise UserError(f"--device {name}: none here; leave --device out")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= count:
-            raise UserError(f"--device {device}: of {count} GPUs, counted from 0: use another, or fewer processes")
+        if device.index is None and local_rank is not None and count:
+            if local_rank >= count:
+                raise UserError(f"{count} GPUs here: use no more processes")
+            device = torch.device("cuda", local_rank)
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {device}: CUDA sees {count} GPUs, counted from 0; give another")
     return device
 
 
@@ -154,7 +157,7 @@ def devices(device):
 
     device is this process's; collective.
     """
-    name = f"CPU ({torch.get_num_threads()} threads)"
+    name = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     counts = Counter(all_gather(name))

@@ -169,10 +169,11 @@ def run_coco_eval(ground_truth, detections, category_ids):
     Nothing in pycocotools passes from one category to another until the last mean: each process
     evaluates its share of the categories, then the shares are joined, bit for bit as one would have it.
     """
-    results = coco_results(detections, category_ids)
-    counts = Counter(result["category_id"] for result in results)
+    counts = Counter()
+    for found in detections.values():
+        counts.update(to_category_ids(found["labels"], category_ids).tolist())
     share = split_categories(ground_truth.cats, counts, distributed.world_size())[distributed.rank()]
-    coco_eval = evaluate_categories(ground_truth, results, share)
+    coco_eval = evaluate_categories(ground_truth, coco_results(detections, category_ids, share), share)
     arrays = {"precision": 2, "recall": 1, "scores": 2}  # the axis of categories
     by_category = [np.moveaxis(coco_eval.eval[name], axis, 0) for name, axis in arrays.items()]
     shares = distributed.all_gather(list(zip(coco_eval.params.catIds, *by_category, strict=True)))
@@ -185,15 +186,17 @@ def run_coco_eval(ground_truth, detections, category_ids):
     return coco_eval
 
 
-def coco_results(detections, category_ids):
-    """{image id: detections} as a list of dicts in COCO's results format, by image id."""
+def coco_results(detections, category_ids, chosen=None):
+    """{image id: detections} as a list of dicts in COCO's results format, by image id; of `chosen` categories only."""
+    chosen = set(category_ids if chosen is None else chosen)
     results = []
     for image_id, found in sorted(detections.items()):
         corners = found["boxes"].double()
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)  # xyxy -> COCO's xywh
         columns = boxes.tolist(), found["scores"].tolist(), to_category_ids(found["labels"], category_ids).tolist()
         for box, score, category in zip(*columns, strict=True):
-            results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
+            if category in chosen:
+                results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
     return results
 
 
@@ -209,12 +212,11 @@ def split_categories(categories, counts, shares):
 
 
 def evaluate_categories(ground_truth, results, categories):
-    """pycocotools' COCOeval of some categories only, accumulated; other results are ignored."""
+    """pycocotools' COCOeval of some categories and their results only, accumulated."""
     # Not ground_truth.loadRes(results), which raises on an empty list.
     annotations = [
         result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
         for number, result in enumerate(results, start=1)
-        if result["category_id"] in categories
     ]
     found = as_coco(ground_truth.dataset | {"annotations": annotations})
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Ending a run early without losing a step: signals, broken images, and a lock on its folder."""
+"""Ending a run early without losing a step: signals, broken images, workers; and a lock on its folder."""
 
 import contextlib
 import multiprocessing
@@ -20,34 +20,30 @@ except ModuleNotFoundError:  # not Unix
 
 
 class Stoppable:
-    """Around a run's loop: no other run shares its checkpoint, and what ends it early loses nothing.
+    """Around a run's loop: what ends it early loses no step.
 
     Ctrl-C, SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 (clusters before their time
     limit) wait for the current step; a second Ctrl-C ends the run at once. What `nohup` ignores stays
-    ignored. An image that cannot be read, or a full disk, ends it after saving the last step, too.
+    ignored. An image that cannot be read or a full disk ends it at once; the last step is saved, too.
     """
 
     def __init__(self, run, file):
         """run: what is saved; file (Path): its checkpoint."""
         self.run, self.file = run, file
         self.signals = []  # received and not yet obeyed
-        self.unsaved = False  # whether steps were taken since the last save
 
     def __enter__(self):
-        lock_folder(self.file)
         usage.handle_signals(self.note)
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.unsaved and isinstance(error, (UnreadableImage, OSError)):
+        kill_workers()  # also if the following fails
+        if isinstance(error, (UnreadableImage, OSError)):
             # Whichever process meets it: all have the same parameters (and their own running statistics).
             self.run.save(self.file, rank=distributed.rank())
-        if error:
-            kill_workers()
 
     def after_step(self, logged):
         """Save and exit if any process was told to stop. Collective, with the same `logged` in all processes."""
-        self.unsaved = True
         # CUDA is asynchronous; syncing every step would stall it, so agree only when logging.
         on_gpu = next(self.run.network.parameters()).is_cuda
         if on_gpu and distributed.world_size() > 1 and not logged:
@@ -64,7 +60,6 @@ class Stoppable:
 
         torchrun and clusters kill a process half a minute after they told it to stop.
         """
-        self.unsaved = False
         usage.handle_signals(self.exit_now)
         if self.signals:
             self.exit_now(self.signals[0])
@@ -130,7 +125,7 @@ def start_worker(worker):
 
 
 def kill_workers():
-    """After an error Python would wait for ever for workers that ignore SIGTERM."""
+    """At its exit after an error, Python would wait for ever for workers that ignore SIGTERM."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a crash
     for worker in multiprocessing.active_children():

@@ -58,8 +58,8 @@ def test_an_environment_that_torchrun_did_not_make_is_a_users_error(monkeypatch,
         ("gpu", "--device gpu: unknown; give cpu, cuda, cuda:1 for the second GPU, or mps"),
         ("meta", "--device meta: unknown"),
         ("cuda:-1", "--device cuda:-1: unknown"),
-        ("cuda", "--device cuda:0: of 0 GPUs"),
-        ("cuda:3", "--device cuda:3: of 0 GPUs"),
+        ("cuda", "--device cuda: CUDA sees 0 GPUs, counted from 0; give another"),
+        ("cuda:3", "--device cuda:3: CUDA sees 0 GPUs"),
         ("mps", "--device mps: none here"),
     ],
 )
@@ -76,11 +76,12 @@ def test_the_device_is_the_gpu_unless_another_is_named(monkeypatch):
     assert distributed.choose_device() == distributed.choose_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed.choose_device() == distributed.choose_device("cuda") == torch.device("cuda:0")
+    assert distributed.choose_device() == distributed.choose_device("cuda") == torch.device("cuda")
+    assert distributed.choose_device(None, 0) == distributed.choose_device("cuda", 0) == torch.device("cuda:0")
     assert distributed.choose_device(None, 1) == distributed.choose_device("cuda", 1) == torch.device("cuda:1")
     assert distributed.choose_device("cuda:1") == torch.device("cuda:1")
     assert distributed.choose_device("cpu", 1) == torch.device("cpu")
-    with pytest.raises(UserError, match="of 2 GPUs, counted from 0: use another, or fewer processes"):
+    with pytest.raises(UserError, match="2 GPUs here: use no more processes"):
         distributed.choose_device(None, 2)
 
 

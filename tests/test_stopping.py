@@ -1,9 +1,11 @@
 """src.stopping: what ends a run early costs no step; other systems than Unix."""
 
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -65,14 +67,31 @@ def test_steps_before_an_error_of_a_file_are_saved(restored_signals, run, tmp_pa
     assert torch.load(file, weights_only=True)["samples_seen"] == 8
 
 
-@pytest.mark.parametrize("error", [UnreadableImage("a.jpg"), OSError(5, "I/O error"), UserError("loss not finite")])
-def test_an_error_before_a_step_or_of_another_kind_saves_nothing(restored_signals, run, tmp_path, error):
+@pytest.mark.parametrize("error", [UserError("loss not finite"), ValueError("a bug")])
+def test_an_error_of_another_kind_saves_nothing(restored_signals, run, tmp_path, error):
     file = tmp_path / "ssdlite.pth"
     with pytest.raises(type(error)), stopping.Stoppable(run, file) as stoppable:
-        if type(error) is UserError:
-            stoppable.after_step(None)
+        stoppable.after_step(None)
         raise error
     assert not file.exists()
+
+
+def test_no_worker_outlives_an_error(restored_signals, run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(run, "save", fail)
+    worker = multiprocessing.get_context("fork").Process(target=ignore_sigterm, daemon=True)
+    with pytest.raises(MemoryError), stopping.Stoppable(run, tmp_path / "ssdlite.pth"):
+        worker.start()
+        raise UnreadableImage("a.jpg")
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def ignore_sigterm():
+    stopping.start_worker(0)
+    time.sleep(60)
 
 
 def test_without_fcntl_and_unixs_signals_a_line_says_that_there_is_no_lock(monkeypatch, tmp_path, capsys):
