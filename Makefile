@@ -1,14 +1,16 @@
 # make demo   train SSDLite on the sample data set and draw what it finds (about six minutes on two CPU cores)
 # make test   ruff and pytest
+# make web    write demo/web/dist, the page that detects in a browser (CHECKPOINT=FILE: with another detector)
 # make figures  train longer and make what is shown in demo/, but tensorboard.png (AMP=--amp: half precision, if the CPU can)
 # make photos  draw what demo/ssdlite_voc.pth finds in the photographs of README, and run the notebook
 
 PYTHON = .venv/bin/python
 RUN = demo/training
+CHECKPOINT = demo/ssdlite_voc.pth
 # glibc would hand the memory of each step back to the system, only to ask for it again.
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-.PHONY: demo figures photos test
+.PHONY: demo figures photos test web
 
 demo: .venv/installed
 	$(PYTHON) -m demo.shapes demo/shapes --train 650 --val 100 --seed 0
@@ -39,6 +41,9 @@ photos: .venv/installed-dev
 	$(PYTHON) -m demo.photos --pretrained-model demo/ssdlite_voc.pth
 	.venv/bin/jupyter execute --inplace demo/ssd_explained.ipynb
 
+web: .venv/installed-export
+	$(PYTHON) -m demo.web.build --pretrained-model $(CHECKPOINT)
+
 test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -47,6 +52,11 @@ test: .venv/installed-dev
 .venv/installed: requirements.txt
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-export: requirements.txt requirements-export.txt
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -r requirements-export.txt
 	touch $@
 
 .venv/installed-dev: requirements.txt requirements-export.txt requirements-dev.txt

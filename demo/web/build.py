@@ -1,0 +1,126 @@
+"""Write the page that detects in a browser to demo/web/dist: static files, which any web server serves.
+
+    make web                  # or: make web CHECKPOINT=trained_models/ssdlite.pth
+    python3 -m http.server -d demo/web/dist
+
+Beside the page, what it loads: the detector as ONNX, ONNX Runtime in WebAssembly, three photos, and
+detector.json: class names, their colors, and the default boxes.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import onnx
+
+from src import usage
+from src.boxes import DEFAULT_BOXES, make_default_boxes
+from src.usage import UserError
+from src.visualize import class_color
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CHECKPOINT = ROOT / "demo" / "ssdlite_voc.pth"
+PHOTOS = ROOT / "demo" / "photos"
+PAGE = ("index.html", "style.css", "app.js")
+VERSION = "1.30.0"
+SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+RUNTIME = HERE / f"onnxruntime-web-{VERSION}"  # downloaded once
+RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+TITLES = {"ssd": "SSD300-ResNet50", "ssdlite": "SSDLite-MobileNetV2"}
+
+
+def fetch_runtime():
+    """Download ONNX Runtime's npm package, once, and keep the two files of it that the page needs."""
+    if all((RUNTIME / name).exists() for name in RUNTIME_FILES):
+        return
+    if not (shutil.which("npm") and shutil.which("node")):
+        raise UserError("npm is missing: install Node.js (https://nodejs.org), which comes with it")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", "--silent", f"onnxruntime-web@{VERSION}"]
+        if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode:
+            raise UserError(f"{' '.join(command)} failed: it needs the network; start again")
+        (package,) = Path(folder).iterdir()
+        if base64.b64encode(hashlib.sha512(package.read_bytes()).digest()).decode() != SHA512:
+            raise UserError(f"{package.name}: not the file that was tested (SHA-512 differs); start again")
+        RUNTIME.mkdir(exist_ok=True)
+        with tarfile.open(package) as archive:
+            for name in RUNTIME_FILES:
+                (RUNTIME / name).write_bytes(archive.extractfile(f"package/dist/{name}").read())
+
+
+def export(checkpoint, file):
+    """Run export.py; add an output, `matched` int64 (N,): the index of each detection's default box.
+
+    Returns the model's name and its classes.
+    """
+    command = [sys.executable, ROOT / "export.py", "--pretrained-model", checkpoint, "--output", file]
+    if status := subprocess.run(command).returncode:
+        sys.exit(status)
+    model = onnx.load(file)
+    node = onnx.helper.make_node
+    model.graph.node.append(node("GatherND", ["best", "place"], ["kept_default"]))  # names of export.py
+    model.graph.node.append(node("Gather", ["kept_default", "order"], ["matched"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("matched", onnx.TensorProto.INT64, ["N"]))
+    # ONNX Runtime in JavaScript takes no input that has a default.
+    thresholds = [value for value in model.graph.initializer if value.name.endswith("_threshold")]
+    for value in thresholds:
+        model.graph.initializer.remove(value)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, file)
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    return about["model"], json.loads(about["classes"])
+
+
+def describe(name, classes):
+    """detector.json, but for the photos: what the page needs to know beside the network."""
+    constants = DEFAULT_BOXES[name]
+    maps = zip(constants.feature_maps, constants.strides, constants.per_cell, strict=True)
+    return {
+        "title": TITLES[name],
+        "classes": classes,
+        "colors": [class_color(label) for label in range(len(classes))],
+        "size": constants.input_size,
+        "maps": [{"cells": cells, "stride": stride, "shapes": shapes} for cells, stride, shapes in maps],
+        "default_boxes": [[round(side, 4) for side in box] for box in make_default_boxes(name).tolist()],
+    }
+
+
+def credited_photos():
+    """The first three photos of demo/photos/CREDITS.md, with what the page says of them."""
+    row = r"(?m)^\| \[(\S+)\]\(\S+\) \| (.+?) \| (.+?) \| \[(.+?)\]\((\S+?)\) \| (\S+) \|"
+    keys = ("file", "shows", "author", "license", "terms", "source")
+    rows = re.findall(row, (PHOTOS / "CREDITS.md").read_text())[:3]
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def main():
+    """Download, export, copy."""
+    parser = usage.ArgumentParser(description=__doc__)
+    parser.add_argument("--pretrained-model", default=CHECKPOINT, help="checkpoint")
+    parser.add_argument("--output", default=HERE / "dist", help="folder")
+    args = parser.parse_args()
+    output = Path(args.output)
+    usage.make_folder("--output", output)
+    fetch_runtime()
+    name, classes = export(args.pretrained_model, output / "detector.onnx")
+    photos = credited_photos()
+    about = describe(name, classes) | {"photos": photos}
+    for file in [HERE / name for name in PAGE] + [PHOTOS / photo["file"] for photo in photos]:
+        shutil.copy(file, output)
+    shutil.copytree(RUNTIME, output / "onnxruntime", dirs_exist_ok=True)
+    loaded = [output / "detector.onnx", *(output / "onnxruntime").iterdir()]
+    about["megabytes"] = round(sum(file.stat().st_size for file in loaded) / 1e6)
+    (output / "detector.json").write_text(json.dumps(about))
+    print(f"{output}: {about['megabytes']} MB; look at it: python3 -m http.server -d {output}")
+
+
+if __name__ == "__main__":
+    usage.run(main)
