@@ -4,7 +4,7 @@ const AS_STORED = { imageOrientation: "from-image", colorSpaceConversion: "none"
 
 // The worker: an image and two thresholds in, detections out.
 async function work() {
-  const ort = await import("./onnxruntime/ort.wasm.bundle.min.mjs");
+  const ort = await import("./onnxruntime/ort.wasm.bundle.min.js");
   ort.env.wasm.numThreads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   const session = await ort.InferenceSession.create("detector.onnx", { logSeverityLevel: 3 });
   const scalar = (value) => new ort.Tensor("float32", [value], []);

@@ -108,14 +108,14 @@ def main():
     parser.add_argument("--output", default=HERE / "dist", help="folder")
     args = parser.parse_args()
     output = Path(args.output)
-    usage.make_folder("--output", output)
+    usage.make_folder("--output", output / "onnxruntime")
     fetch_runtime()
-    name, classes = export(args.pretrained_model, output / "detector.onnx")
     photos = credited_photos()
-    about = describe(name, classes) | {"photos": photos}
+    about = describe(*export(args.pretrained_model, output / "detector.onnx")) | {"photos": photos}
     for file in [HERE / name for name in PAGE] + [PHOTOS / photo["file"] for photo in photos]:
         shutil.copy(file, output)
-    shutil.copytree(RUNTIME, output / "onnxruntime", dirs_exist_ok=True)
+    for name in RUNTIME_FILES:  # not every server knows that .mjs is JavaScript
+        shutil.copy(RUNTIME / name, output / "onnxruntime" / name.replace(".mjs", ".js"))
     loaded = [output / "detector.onnx", *(output / "onnxruntime").iterdir()]
     about["megabytes"] = round(sum(file.stat().st_size for file in loaded) / 1e6)
     (output / "detector.json").write_text(json.dumps(about))

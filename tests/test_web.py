@@ -1,0 +1,276 @@
+"""demo/web: what the page finds in a real browser is what test_image.py finds; and it asks nobody else.
+
+Needs Chromium and what `make web` downloads: skipped without them.
+"""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import sys
+import threading
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image, ImageCms
+from runs import run_here
+
+from demo.web import build
+from src.boxes import DEFAULT_BOXES
+from src.detector import Detector
+from src.images import UPRIGHT, read_image
+from src.transform import normalize, resize
+from src.usage import UserError
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--use-fake-device-for-media-stream"]
+PHOTOS = [build.PHOTOS / photo["file"] for photo in build.credited_photos()]
+LOAD, DETECT = 60_000, 20_000  # milliseconds
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Static files; keeps the first line of every request, of those meant for other servers, too."""
+
+    def end_headers(self):
+        if self.server.isolated:  # which WebAssembly's threads need
+            self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+            self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
+
+    def log_message(self, form, *values):
+        self.server.seen.append(self.requestline)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """An HTTP server on loopback of what `make web` writes."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    if not all((build.RUNTIME / name).exists() for name in build.RUNTIME_FILES):
+        pytest.skip(f"no {build.RUNTIME.name}: make web downloads it")
+    folder = tmp_path_factory.mktemp("dist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["build.py", "--output", str(folder)])
+        build.main()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    server.folder, server.isolated, server.seen = folder, True, []
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(server):
+    """Chromium, with a fake camera."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def open_page(browser, server, script=None, permissions=()):
+    """The page in a context of its own, whose only way out is our server."""
+    context = browser.new_context(proxy={"server": server.address, "bypass": "127.0.0.1"}, permissions=permissions)
+    page = context.new_page()
+    if script:
+        page.add_init_script(script)
+    page.goto(server.address)
+    return page
+
+
+def wait(page):
+    """Wait for the detections of the image that was given last."""
+    page.wait_for_function("document.getElementById('detections').ariaBusy === 'false'", timeout=LOAD)
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    page = open_page(browser, server)
+    wait(page)
+    assert page.evaluate("crossOriginIsolated")  # with threads, where there are cores
+    return page
+
+
+def give(page, file):
+    """Give an image file to the page, as its user chooses one."""
+    page.set_input_files("#file", file)
+    page.wait_for_selector(f'#image[aria-label="{file.name}"]', timeout=DETECT)
+    wait(page)
+
+
+def slide(page, score, nms):
+    for name, value in ("score", score), ("nms", nms):
+        page.locator(f"#{name}").fill(str(value))
+    wait(page)
+
+
+def listed(page):
+    """The list of detections: (class, score, box) each."""
+    read = "items => items.map(item => [item.innerText, ...[...item.querySelectorAll('data')].map(data => data.value)])"
+    found = []
+    for text, score, box in page.locator("#detections li").evaluate_all(read):
+        score, box = float(score), [float(side) for side in box.split(",")]
+        name, shown, *sides = re.fullmatch(r"(.+?)\s+(0\.\d\d|1.00)\s+(\d+), (\d+), (\d+), (\d+)", text).groups()
+        assert float(shown) == pytest.approx(score, abs=0.0051)
+        assert [float(side) for side in sides] == pytest.approx(box, abs=0.501)
+        found.append((name, score, box))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(server):
+    """The page's ONNX file in Python: reference(file, score, nms) -> what `listed` should give."""
+    onnxruntime.set_default_logger_severity(3)
+    session = onnxruntime.InferenceSession(server.folder / "detector.onnx")
+    classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+
+    def detect(file, score=0.3, nms=0.5):
+        thresholds = {"score_threshold": np.array(score, np.float32), "nms_threshold": np.array(nms, np.float32)}
+        boxes, labels, scores, _ = session.run(None, {"image": read_image(file)} | thresholds)
+        return list(zip([classes[label] for label in labels], scores, boxes, strict=True))
+
+    return detect
+
+
+def assert_same(found, expected, score=1e-4, pixels=0.01):
+    assert len(found) == len(expected) > 0
+    for name, s, box in expected:
+        same = [n == name and abs(s - t) <= score and np.abs(box - b).max() <= pixels for n, t, b in found]
+        assert sum(same) == 1, f"{name} {s:.4f} {box} is not in {found}"
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    """What a browser may read differently: a photo in all EXIF orientations, transparent, with a color profile."""
+    folder = tmp_path_factory.mktemp("album")
+    photo = Image.open(PHOTOS[0])
+    for number in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = number
+        # Stored so that turning it upright gives the photo: 6 and 8 undo each other, the others themselves.
+        turn = UPRIGHT.get({6: 8, 8: 6}.get(number, number))
+        stored = photo if turn is None else photo.transpose(turn)
+        stored.save(folder / f"orientation {number}.jpg", exif=exif, quality=95)
+    alpha = np.tile(np.linspace(0, 255, photo.width).clip(60, 200) - 60, (photo.height, 1)).astype(np.uint8)
+    see_through = photo.copy()
+    see_through.putalpha(Image.fromarray(alpha))
+    see_through.save(folder / "transparent.png")
+    # sRGB with red and blue exchanged, which a browser that obeyed it would show.
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"tXYZ").replace(b"bXYZ", b"rXYZ").replace(b"tXYZ", b"bXYZ")
+    photo.save(folder / "profile.jpg", quality=95, icc_profile=profile)
+    return folder
+
+
+def test_finds_what_test_image_finds(page, tmp_path, monkeypatch):
+    """Nearly: the ONNX file rounds resized pixels in another way, which moves scores of photos by up to 0.014."""
+    files = ["--output", tmp_path / "drawn", "--json", tmp_path / "found.json"]
+    options = ["--pretrained-model", build.CHECKPOINT, "--input", *PHOTOS]
+    assert run_here(monkeypatch, "test_image.py", *options, *files) == 0
+    for file, image in zip(PHOTOS, json.loads((tmp_path / "found.json").read_text())["images"], strict=True):
+        give(page, file)
+        expected = [(one["label"], one["score"], np.array(one["box"])) for one in image["detections"]]
+        assert_same(listed(page), expected, score=0.02, pixels=0.01 * image["width"])
+
+
+@pytest.mark.parametrize("name", [*(f"orientation {n}.jpg" for n in range(1, 9)), "transparent.png", "profile.jpg"])
+def test_reads_a_file_as_read_image_does(page, reference, album, name):
+    give(page, album / name)
+    assert_same(listed(page), reference(album / name))
+
+
+def test_the_sliders_are_the_thresholds(page, reference):
+    give(page, PHOTOS[0])
+    counts = set()
+    for thresholds in (0.05, 0.5), (0.05, 0.2), (0.2, 1.0), (0.3, 0.5):
+        slide(page, *thresholds)
+        assert_same(listed(page), reference(PHOTOS[0], *thresholds))
+        counts.add(len(listed(page)))
+    assert len(counts) == 4
+    slide(page, 0.99, 0.5)
+    assert listed(page) == [] and "No detections" in page.locator("#status").inner_text()
+    slide(page, 0.3, 0.5)
+
+
+def test_see_inside_shows_the_default_box_of_a_detection(page):
+    """The oracle: of all boxes of the network, the one with that corner; cells counted as the heads do."""
+    give(page, PHOTOS[0])
+    detector = Detector.load(build.CHECKPOINT, device="cpu")
+    pixels = torch.from_numpy(resize(read_image(PHOTOS[0]), detector.size))[None]
+    with torch.inference_mode():
+        loc, _ = detector.network(normalize(pixels))
+    boxes = detector.encoder.apply_offsets(loc[0]).clamp(0, 1)
+    constants = DEFAULT_BOXES[detector.name]
+    places = [
+        (f"map {number} of 6 ({cells} × {cells} cells), row {row}, column {column}, default box {shape} of {shapes}")
+        for number, (cells, shapes) in enumerate(zip(constants.feature_maps, constants.per_cell, strict=True), 1)
+        for shape in range(1, shapes + 1)
+        for row in range(1, cells + 1)
+        for column in range(1, cells + 1)
+    ]
+    width, height = Image.open(PHOTOS[0]).size
+    for k, (_, _, box) in enumerate(listed(page)):
+        page.locator("#detections button").nth(k).focus()
+        best = (boxes * torch.tensor([width, height] * 2) - torch.tensor(box)).abs().sum(dim=1).argmin()
+        assert places[best] in page.locator("#origin").inner_text()
+        assert page.locator("#inside > :last-child").is_visible()
+
+
+def test_a_file_that_is_no_image_is_one_sentence(page, tmp_path, reference):
+    (tmp_path / "broken.jpg").write_bytes(PHOTOS[0].read_bytes()[:100])
+    (tmp_path / "drawing.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>'
+    )  # has no pixels
+    buttons = page.locator("#strip button").count()
+    for name in "drawing.svg", "broken.jpg":
+        page.set_input_files("#file", tmp_path / name)
+        page.get_by_text(f"{name}: not an image that this browser can read.").wait_for(timeout=DETECT)
+    assert page.locator("#strip button").count() == buttons + 1  # the drawing's
+    give(page, PHOTOS[1])
+    assert_same(listed(page), reference(PHOTOS[1]))
+
+
+def test_no_camera_and_no_webassembly_are_one_sentence_each(page, browser, server):
+    page.locator("#camera").click()
+    page.get_by_text("No camera: there is none, or this page may not use it.").wait_for(timeout=DETECT)
+    bare = open_page(browser, server, script="delete globalThis.WebAssembly")
+    bare.get_by_text("This browser has no WebAssembly").wait_for(timeout=DETECT)
+
+
+def test_makes_no_request_after_loading_and_never_to_others(browser, server, reference, album):
+    """Whatever is done with it, the camera included; from a plain server, without headers for threads."""
+    server.isolated = False
+    page = open_page(browser, server, permissions=["camera"])
+    wait(page)
+    assert not page.evaluate("crossOriginIsolated") and len(server.seen) > 5
+    server.seen.clear()
+    give(page, album / "transparent.png")
+    assert_same(listed(page), reference(album / "transparent.png"))
+    slide(page, 0.1, 1)
+    page.locator("#strip button").nth(1).click()
+    page.locator("#camera").click()
+    page.wait_for_selector('#image[aria-label="Camera"]', timeout=DETECT)
+    page.locator("#camera").click()
+    page.wait_for_selector("#camera[aria-pressed=false]")
+    assert server.seen == []
+    page.evaluate("fetch('http://example.org/').catch(() => 0)")
+    assert any("example.org" in line for line in server.seen)  # such a request would have been seen
+    server.isolated = True
+
+
+def test_the_page_is_small_and_credits_its_photos():
+    assert sum(len((build.HERE / name).read_text().splitlines()) for name in build.PAGE) <= 400
+    photos = build.credited_photos()
+    assert len(photos) == 3 and all(photo["source"].startswith("https://") for photo in photos)
+
+
+def test_without_npm_make_web_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "RUNTIME", tmp_path / "none")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="npm is missing: install Node.js"):
+        build.fetch_runtime()
