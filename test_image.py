@@ -13,7 +13,7 @@ from pathlib import Path
 
 from src import usage
 from src.boxes import NMS_THRESHOLD
-from src.detector import SHOW_THRESHOLD, Detector, json_entry
+from src.detector import SHOW_THRESHOLD, Detector, detect_in_tiles, json_entry
 from src.images import read_image, save_image
 from src.usage import UserError
 from src.visualize import draw_detections
@@ -40,6 +40,8 @@ def parse_args():
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=SHOW_THRESHOLD, help="lowest score to show")
     add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
+    tile = "also detect in overlapping tiles, so many pixels wide and high: for small objects in large images"
+    add("--tile", type=usage.number(int, 32), metavar="PIXELS", help=tile)
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
     add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
     return parser.parse_args()
@@ -130,7 +132,10 @@ def main():
     for file, output in zip(files, outputs, strict=True):
         try:
             image = read_image(file)
-            found = detector([image], args.cls_threshold, args.nms_threshold)[0]
+            if args.tile:
+                found = detect_in_tiles(detector, image, args.tile, args.cls_threshold, args.nms_threshold)
+            else:
+                found = detector([image], args.cls_threshold, args.nms_threshold)[0]
             records.append({"file": str(file)} | json_entry(image, found, detector.classes))
             save_image(draw_detections(image, **found, classes=detector.classes), output, quality=95)
         except UserError as error:

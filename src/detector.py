@@ -2,10 +2,13 @@
 
 import copy
 import itertools
+import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import batched_nms
 
 from src.boxes import DEFAULT_BOXES, NMS_THRESHOLD, SCORE_THRESHOLD, Encoder, make_default_boxes
 from src.checkpoint import load_checkpoint, network_from
@@ -70,6 +73,35 @@ class Detector:
         for detections, size in zip(found, sizes, strict=True):
             detections["boxes"] = detections["boxes"] * size.repeat(2)
         return found
+
+
+def detect_in_tiles(detector, image, side, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD):
+    """Detect in an image (H, W, 3) as a whole and in tiles of it, side x side pixels: small objects are larger there.
+
+    Returns what `detector([image])[0]` does, K unlimited, after NMS over all of them. Neighboring tiles share
+    half of their side or more. A box at a tile's border inside the image is left out: its object goes on there.
+    """
+    height, width = image.shape[:2]
+    tiles = itertools.product(tile_starts(width, side), tile_starts(height, side), [side])
+    found = []
+    for left, top, size in [(0, 0, max(height, width)), *tiles]:
+        tile = image[top : top + size, left : left + size]
+        one = detector([tile], score_threshold, nms_threshold)[0]
+        boxes = one["boxes"] + torch.tensor([left, top, left, top])
+        margin = 2 * size / detector.size  # two pixels of the network
+        cut = (boxes[:, :2] < torch.tensor([left, top]) + margin) & torch.tensor([left > 0, top > 0])
+        ends = torch.tensor([left + size, top + size])
+        cut |= (boxes[:, 2:] > ends - margin) & (ends < torch.tensor([width, height]))
+        found.append([values[~cut.any(dim=1)] for values in (boxes, one["labels"], one["scores"])])
+    boxes, labels, scores = map(torch.cat, zip(*found, strict=True))
+    best = batched_nms(boxes, scores, labels, nms_threshold)
+    return {"boxes": boxes[best], "labels": labels[best], "scores": scores[best]}
+
+
+def tile_starts(length, side):
+    """Where tiles of `side` pixels start that cover `length` pixels, evenly spread."""
+    room = max(0, length - side)
+    return np.linspace(0, room, 1 + math.ceil(2 * room / side)).astype(int).tolist()
 
 
 def fold_batch_norm(module):

@@ -15,7 +15,7 @@ from torchvision.ops import box_iou
 
 from src.boxes import box_cxcywh_to_xyxy, make_default_boxes
 from src.classes import VOC_CLASSES
-from src.detector import Detector, fold_batch_norm, json_entry
+from src.detector import Detector, detect_in_tiles, fold_batch_norm, json_entry, tile_starts
 from src.images import read_image
 
 MODELS = ("ssd", "ssdlite")
@@ -188,6 +188,66 @@ def test_a_loaded_detector_is_the_one_that_was_saved(tmp_path, models, detectors
     expected, found = (d(pictures()[:1])[0] for d in (detectors["ssdlite"], loaded))
     for key in expected:
         assert torch.equal(found[key], expected[key])
+
+
+class Painted:
+    """A detector of what is painted in one level, its label; blind to what is narrower than a tenth of the image."""
+
+    size = 300
+
+    def __call__(self, images, score_threshold, nms_threshold):
+        (image,) = images
+        boxes, labels = torch.zeros(0, 4), []
+        for label in np.unique(image[image > 0]).tolist():
+            y, x = np.nonzero(image[..., 0] == label)
+            if x.max() + 1 - x.min() > image.shape[1] / 10:
+                box = [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
+                boxes, labels = torch.cat([boxes, torch.tensor(box)]), [*labels, label]
+        return [{"boxes": boxes, "labels": torch.tensor(labels).long(), "scores": torch.full((len(labels),), 0.9)}]
+
+
+@pytest.mark.parametrize("side", [200, 240, 333, 999, 5000])
+def test_tiles_find_each_object_once_and_no_piece_of_one(side):
+    """Small ones wherever they lie, on borders of tiles, too; large ones in the whole image alone."""
+    painted = {(x, y, x + 45, y + 30) for x in range(0, 960, 160) for y in range(0, 700, 90)} | {(955, 670, 1000, 700)}
+    painted = sorted(painted) if side < 400 else []
+    painted.append((180, 35, 640, 660))
+    image = np.zeros((700, 1000, 3), np.uint8)
+    for label, (left, top, right, bottom) in reversed(list(enumerate(painted, start=1))):
+        image[top:bottom, left:right] = label
+    labels = np.unique(image)[1:].tolist()
+    found = detect_in_tiles(Painted(), image, side)
+    boxes = {label: box for label, box in zip(found["labels"].tolist(), found["boxes"].tolist(), strict=True)}
+    assert len(found["labels"]) == len(boxes) == len(labels) == len(painted)
+    for label in labels:
+        y, x = np.nonzero(image[..., 0] == label)
+        assert boxes[label] == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+@pytest.mark.parametrize("length, side", [(1000, 300), (1001, 300), (301, 300), (300, 300), (40, 300)])
+def test_tiles_cover_the_image_and_share_a_half(length, side):
+    starts = tile_starts(length, side)
+    assert starts[0] == 0 and starts[-1] == max(0, length - side)
+    assert all(0 < after - before <= side / 2 + 1 for before, after in zip(starts, starts[1:], strict=False))
+
+
+def test_tiles_keep_the_thresholds_and_the_better_of_two():
+    """Two classes may share a place; of each, NMS over all tiles keeps the higher score."""
+
+    def detector(images, score_threshold, nms_threshold):
+        assert (score_threshold, nms_threshold) == (0.2, 0.4)
+        y, x = np.argwhere(images[0][..., 0])[0].tolist()
+        box = torch.tensor([[x, y, x + 20.0, y + 20]]).repeat(2, 1)
+        scores = torch.tensor([0.5, 0.3]) + images[0].shape[1] / 1000  # the higher, the more is seen
+        return [{"boxes": box, "labels": torch.tensor([1, 2]), "scores": scores}]
+
+    detector.size = 300
+    image = np.zeros((80, 100, 3), np.uint8)
+    image[20, 30] = 255
+    found = detect_in_tiles(detector, image, 90, 0.2, 0.4)
+    assert found["labels"].tolist() == [1, 2]
+    assert found["boxes"].tolist() == [[30, 20, 50, 40]] * 2
+    assert_close(found["scores"], torch.tensor([0.6, 0.4]))
 
 
 def test_record_names_labels_and_the_pictures_size():

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -16,8 +17,10 @@ import torch
 from PIL import Image
 from runs import ROOT, frames_of, make_video, run_here
 from samples import scene
+from torchvision.ops import box_iou
 
 from src.detector import Detector
+from src.images import read_image
 
 SHAPES = ROOT / "demo" / "ssdlite_shapes.pth"
 
@@ -127,6 +130,28 @@ def test_a_slash_at_its_end_makes_an_output_a_folder(script, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     status, *_ = script("test_image.py", "--input", photo(Path("a.jpg")), "--output", output)
     assert status == 0 and Path(output, "a_prediction.jpg").is_file()
+
+
+def test_tiles_find_what_is_small_in_a_large_image(script, tmp_path):
+    """An image of shapes in the midst of a large one: with tiles what is found in it alone, without them nothing."""
+    small = read_image(ROOT / "demo" / "pictures" / "1.jpg")
+    large = np.full((1200, 1600, 3), 128, np.uint8)
+    height, width = small.shape[:2]
+    large[500 : 500 + height, 700 : 700 + width] = small
+    Image.fromarray(large).save(tmp_path / "large.png")
+    model, found = shutil.copy(SHAPES, tmp_path / "a.pth"), []
+    for options in ([], ["--tile", 360]):
+        options = ["--input", tmp_path / "large.png", "--json", tmp_path / "a.json", "--cls-threshold", 0.5, *options]
+        assert script("test_image.py", *options, model=model)[0] == 0
+        found.append(json.loads((tmp_path / "a.json").read_text())["images"][0]["detections"])
+    detector = Detector.load(model)
+    (alone,) = detector([small], 0.5)
+    expected = alone["boxes"] + torch.tensor([700, 500, 700, 500])
+    whole, tiles = ([one["box"] for one in detections] for detections in found)
+    overlap = box_iou(expected, torch.tensor(tiles))
+    assert whole == [] and (overlap.amax(dim=1) > 0.7).sum() >= 4
+    status, _, error = script("test_image.py", "--input", tmp_path / "large.png", "--tile", 0)
+    assert status == 2 and "--tile" in error and "at least" in error
 
 
 # Folders
@@ -285,7 +310,7 @@ def test_odd_sides_lose_no_pixel_and_it_is_said(script, tmp_path, width, height)
     assert status == 0
     even = width + width % 2, height + height % 2
     assert frames_of(tmp_path / "a_prediction.mp4")[0].shape[1::-1] == even
-    assert f"{even[0]}x{even[1]} as sides must be even" in said
+    assert f"{even[0]}x{even[1]} as sides must be even" in said and re.search(r"; \d+\.\d frames per second", said)
     line = json.loads((tmp_path / "a.json").read_text().splitlines()[0])
     assert (line["width"], line["height"]) == (width, height)
 
