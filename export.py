@@ -6,6 +6,10 @@ In: `image` uint8 (H, W, 3) RGB of any size; `score_threshold` and `nms_threshol
 that may be left out. Out: `boxes` float32 (N, 4) xyxy in pixels of that image, `labels` int64 (N,)
 from 1, `scores` float32 (N,) descending; N <= 200. Metadata: `model`, and `classes` as a JSON list,
 index 0 "background".
+
+With --network-only, for runtimes that lack an operator of the above. In: `pixels` float32 (1, 300, 300, 3) RGB,
+0 to 255. Out, before NMS: `boxes` float32 (D, 4) xyxy in [0, 1] but not clipped, `scores` float32 (K, D) of the K
+classes without background.
 """
 
 import json
@@ -88,17 +92,18 @@ class Exported(nn.Module):
         self.network, self.encoder = detector.network, detector.encoder
 
     def forward(self, pixels):
-        """(1, 300, 300, 3) uint8 -> (D, 4) xyxy in [0, 1] but not clipped, (K, D) scores."""
+        """(1, 300, 300, 3) uint8 or float32 -> (D, 4) xyxy in [0, 1] but not clipped, (K, D) scores."""
         loc, cls_logits = self.network(normalize(pixels))
         return self.encoder.apply_offsets(loc[0]), cls_logits[0].softmax(dim=1)[:, 1:].T
 
 
-def export(detector):
-    """Return the ONNX model (onnx.ModelProto) of a Detector on the CPU, in float32."""
+def export(detector, network_only=False):
+    """Return the ONNX model (onnx.ModelProto) of a Detector on the CPU, in float32; or of its network alone."""
     network = Exported(detector).eval()
-    pixels = torch.zeros(1, detector.size, detector.size, 3, dtype=torch.uint8)
+    dtype = torch.float32 if network_only else torch.uint8
+    pixels = torch.zeros(1, detector.size, detector.size, 3, dtype=dtype)
     normalize(pixels)  # which keeps its constants: real ones, not the tracer's
-    outputs = ["all_boxes", "all_scores"]
+    outputs = ["boxes", "scores"] if network_only else ["all_boxes", "all_scores"]
     program = torch.onnx.export(
         network,
         (pixels,),
@@ -108,18 +113,19 @@ def export(detector):
         input_names=["pixels"],
         output_names=outputs,
     )
-    middle = program.model_proto
-    middle.ir_version = IR_VERSION
-    for node in middle.graph.node:
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    for node in model.graph.node:
         node.ClearField("metadata_props")  # paths and lines of the source on this machine
-    before, after = BEFORE, AFTER
-    values = {"SIZE": detector.size, "SHOW_THRESHOLD": SHOW_THRESHOLD, "NMS_THRESHOLD": NMS_THRESHOLD}
-    for name, value in values.items():
-        before, after = (text.replace(name, str(value)) for text in (before, after))
-    before, after = (onnx.parser.parse_model(HEADER + text) for text in (before, after))
-    model = onnx.compose.merge_models(before, middle, [("pixels", "pixels")])
-    model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
-    del model.opset_import[1:]  # merging repeats it
+    if not network_only:
+        before, after = BEFORE, AFTER
+        values = {"SIZE": detector.size, "SHOW_THRESHOLD": SHOW_THRESHOLD, "NMS_THRESHOLD": NMS_THRESHOLD}
+        for name, value in values.items():
+            before, after = (text.replace(name, str(value)) for text in (before, after))
+        before, after = (onnx.parser.parse_model(HEADER + text) for text in (before, after))
+        model = onnx.compose.merge_models(before, model, [("pixels", "pixels")])
+        model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
+        del model.opset_import[1:]  # merging repeats it
     about = {"model": detector.name, "classes": json.dumps(detector.classes)}
     onnx.helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
@@ -132,11 +138,12 @@ def main():
     add = parser.add_argument
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--output", required=True, help="file to write, FILE.onnx")
+    add("--network-only", action="store_true", help="from resized pixels to boxes and scores, without resizing and NMS")
     args = parser.parse_args()
     usage.prepare_outputs([("--output", args.output)], [args.pretrained_model])
     detector = Detector.load(args.pretrained_model, device="cpu")
     print(f"{args.pretrained_model}: {detector.origin}")
-    model = export(detector)
+    model = export(detector, args.network_only)
     onnx.save(model, args.output)
     print(f"{detector.name}, {len(detector.classes) - 1} classes -> {args.output}")
 

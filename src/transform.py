@@ -15,8 +15,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 GRAY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as in torchvision's ColorJitter
 
 
-def augment(image, boxes, labels, rng, size, zoom_out=False):
-    """The training augmentation (SSD section 2.2 "data augmentation").
+def augment(image, boxes, labels, rng, size, zoom_out=False, mirror=True):
+    """The training augmentation (SSD section 2.2 "data augmentation"); mirror: left to right, half the time.
 
     image (H, W, 3), boxes (G, 4), labels (G,), rng a numpy Generator
         -> image (size, size, 3), boxes (K, 4), labels (K,), K <= G
@@ -25,7 +25,7 @@ def augment(image, boxes, labels, rng, size, zoom_out=False):
         image, boxes = expand(image, boxes, rng, 10 * size)  # of which a crop takes 3 * size, at least
     image, boxes, labels = crop(image, boxes, labels, rng)
     image = resize(image, size)  # before the flip: the same image either way, with fewer pixels to move
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and mirror:  # drawn in any case: the rest stays as it is
         image, boxes = flip(image, boxes)
     return jitter_colors(image, rng), boxes, labels
 
@@ -155,9 +155,9 @@ def shift_hue(image, hue):
 
 
 def normalize(images):
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in channels_last, on the same device."""
+    """(B, H, W, 3) levels of 255 -> (B, 3, H, W) float32 in channels_last, on the same device."""
     mean, std = imagenet_statistics(images.device)
-    return images.permute(0, 3, 1, 2).float().sub_(mean).div_(std)
+    return images.permute(0, 3, 1, 2).to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,13 @@ import pytest
 import torch
 from reference.inputs import image, weights
 from runs import ENV, ROOT, run
-from samples import mb2_ssd_lite
+from samples import forward, mb2_ssd_lite
 
 from src.checkpoint import VOC_CLASSES
 from src.detector import Detector
 from src.images import read_image
 from src.model import build_model
-from src.transform import resize
+from src.transform import normalize, resize
 
 DEMO = ROOT / "demo" / "ssdlite_shapes.pth"
 IMAGES = sorted((ROOT / "demo" / "pictures").glob("*.jpg"))
@@ -192,6 +193,29 @@ def test_the_lines_of_the_usage_page_detect_without_torch(tmp_path):
         printed = [float(number) for number in line.split()[1:]]
         assert printed[0] == pytest.approx(float(score), abs=0.01)
         assert printed[1:] == pytest.approx(box.tolist(), abs=1)
+
+
+def test_the_network_alone_detects_with_the_lines_of_the_usage_page(tmp_path, monkeypatch, capsys):
+    """In OpenCV, which refuses the whole detector; the image is shrunk otherwise, so not to the pixel."""
+    text = (ROOT / "docs" / "usage.md").read_text().split("## Other runtimes")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    monkeypatch.chdir(tmp_path)
+    detector = Detector.load(DEMO, device="cpu")
+    model = runpy.run_path(str(ROOT / "export.py"))["export"](detector, network_only=True)
+    onnx.save(model, "network.onnx")
+    exec(code)
+    found = [[float(number) for number in line.split()] for line in capsys.readouterr().out.splitlines()]
+    expected = detector([read_image(IMAGES[0])], 0.3)[0]
+    assert len(found) == len(expected["labels"]) > 1
+    for label, box, score in zip(*(expected[key].tolist() for key in ("labels", "boxes", "scores")), strict=True):
+        assert any(one == pytest.approx([label, score, *box], abs=4) and abs(one[1] - score) < 0.05 for one in found)
+    pixels = resize(read_image(IMAGES[0]), 300)
+    boxes, scores = onnxruntime.InferenceSession("network.onnx").run(None, {"pixels": pixels[None].astype(np.float32)})
+    loc, cls_logits = forward(detector.model, normalize(torch.from_numpy(pixels[None])))
+    np.testing.assert_allclose(scores, cls_logits[0].softmax(1).T[1:], atol=1e-5)
+    np.testing.assert_allclose(boxes, detector.encoder.apply_offsets(loc[0]), atol=1e-5)
+    assert json.loads({entry.key: entry.value for entry in model.metadata_props}["classes"]) == detector.classes
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
