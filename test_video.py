@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -166,6 +167,7 @@ def main():
     bar = tqdm(total=total or None, unit="frame", leave=False)
     number = 0  # of frames done
     ok = True  # while there are frames
+    start = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:  # reads the next frame and writes the last meanwhile
         writing = pool.submit(lambda: None)
         while ok and not stopped:
@@ -186,6 +188,7 @@ def main():
     writer.release()
     if lines:
         lines.close()
+    notes += f"; {number / (time.perf_counter() - start):.1f} frames per second"
     if number < total and not stopped:
         notes += f" (the file promises {total}: it seems truncated)"
     print(f"{number} frames -> {output}, {codec}{notes}")
