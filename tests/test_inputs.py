@@ -38,7 +38,7 @@ def blind():
 def script(monkeypatch, capfd, blind):
     """Function that runs a script in this process; returns its status, what it says, and its error line."""
     load = Detector.load
-    monkeypatch.setattr(Detector, "load", lambda path, **_: blind if path == str(SHAPES) else load(path))
+    monkeypatch.setattr(Detector, "load", lambda path, *_, **__: blind if path == str(SHAPES) else load(path))
 
     def run_it(name, *options, model=SHAPES):
         status = run_here(monkeypatch, name, "--pretrained-model", model, *options)
