@@ -212,7 +212,7 @@ def test_the_network_alone_detects_with_the_lines_of_the_usage_page(tmp_path, mo
         assert any(one == pytest.approx([label, score, *box], abs=4) and abs(one[1] - score) < 0.05 for one in found)
     pixels = resize(read_image(IMAGES[0]), 300)
     boxes, scores = onnxruntime.InferenceSession("network.onnx").run(None, {"pixels": pixels[None].astype(np.float32)})
-    loc, cls_logits = forward(detector.model, normalize(torch.from_numpy(pixels[None])))
+    loc, cls_logits = forward(detector.network, normalize(torch.from_numpy(pixels[None])))
     np.testing.assert_allclose(scores, cls_logits[0].softmax(1).T[1:], atol=1e-5)
     np.testing.assert_allclose(boxes, detector.encoder.apply_offsets(loc[0]), atol=1e-5)
     assert json.loads({entry.key: entry.value for entry in model.metadata_props}["classes"]) == detector.classes
