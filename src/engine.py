@@ -146,18 +146,24 @@ def evaluate(detector, loader, ground_truth, nms_threshold=NMS_THRESHOLD):
 
 
 def compute_metrics(ground_truth, detections, category_ids):
-    """COCO's metrics of {image id: detections}: the twelve and "per_class", {class name: AP}; collective.
+    """COCO's metrics of {image id: detections}: the twelve, and by class; collective.
 
-    Also "VOC07" and "VOC10" if `ground_truth` says which objects are difficult.
+    By name of the class, "per_class" is AP, "per_class_AP50" AP50, and "best_F1" {score, precision, recall} where
+    F1 at an IoU of 0.5 is highest. Also "VOC07" and "VOC10" if `ground_truth` says which objects are difficult.
     """
     coco_eval = run_coco_eval(ground_truth, detections, category_ids)
-    precision = coco_eval.eval["precision"]  # IoU, recall, class, area, detections
-    per_class = {}
+    precision, scores = coco_eval.eval["precision"], coco_eval.eval["scores"]  # IoU, recall, class, area, detections
+    recall = coco_eval.params.recThrs  # (R,)
+    metrics = dict(zip(METRICS, coco_eval.stats.tolist(), strict=True))
+    metrics |= {"per_class": {}, "per_class_AP50": {}, "best_F1": {}}
     for k, category in enumerate(ground_truth.loadCats(coco_eval.params.catIds)):
-        values = precision[:, :, k, 0, -1]
+        values, name = precision[:, :, k, 0, -1], category["name"]
         if (values > -1).any():  # a class without an object has no AP
-            per_class[category["name"]] = float(values[values > -1].mean())
-    metrics = dict(zip(METRICS, coco_eval.stats.tolist(), strict=True)) | {"per_class": per_class}
+            metrics["per_class"][name] = float(values[values > -1].mean())
+            metrics["per_class_AP50"][name] = float(values[0].mean())
+            best = (values[0] * recall / (values[0] + recall).clip(min=1e-9)).argmax()  # half of F1
+            point = {"score": scores[0, best, k, 0, -1], "precision": values[0, best], "recall": recall[best]}
+            metrics["best_F1"][name] = {key: float(value) for key, value in point.items()}
     if has_difficult(ground_truth):
         metrics |= voc_metrics(ground_truth, coco_results(detections, category_ids))
     return metrics
@@ -240,11 +246,13 @@ def metrics_table(metrics):
 
 
 def class_table(metrics):
-    """AP of each class, COCO's and VOC's where it was measured, as lines to print."""
-    columns = {"AP": metrics["per_class"]}
+    """AP and AP50 of each class, VOC's AP where it was measured, and the best F1's score, as lines to print."""
+    columns = {"AP": metrics["per_class"], "AP50": metrics["per_class_AP50"]}
     columns |= {name: metrics[name]["per_class"] for name in VOC_METRICS if name in metrics}
+    for column in ("score", "precision", "recall"):
+        columns[column] = {name: best[column] for name, best in metrics["best_F1"].items()}
     width = max(map(len, metrics["per_class"]), default=0)
-    lines = [" " * width + "".join(f"{name:>7}" for name in columns)]
+    lines = [" " * width + "".join(f"{name:>10}" for name in columns)]
     for name in metrics["per_class"]:
-        lines.append(f"{name:<{width}}" + "".join(f"{column[name]:7.3f}" for column in columns.values()))
-    return "\n".join(lines)
+        lines.append(f"{name:<{width}}" + "".join(f"{column[name]:10.3f}" for column in columns.values()))
+    return "\n".join([*lines, "score, precision, recall: where F1 is highest, at an IoU of 0.5"])

@@ -25,6 +25,7 @@ from src.dataset import CocoDataset
 from src.engine import (
     LOG_EVERY,
     METRICS,
+    class_table,
     coco_results,
     compute_metrics,
     evaluate,
@@ -112,7 +113,8 @@ def test_no_detections_score_zero(truth):
 def test_figures_are_pycocotools_own(truth, seed):
     detections = perturbed(truth, seed)
     metrics = metrics_of(truth, detections)
-    assert list(metrics) == [*METRICS, "per_class"]
+    assert list(metrics) == [*METRICS, "per_class", "per_class_AP50", "best_F1"]
+    assert np.mean(list(metrics["per_class_AP50"].values())) == pytest.approx(metrics["AP50"])
     assert 0.05 < metrics["AP"] < 0.9  # neither extreme would tell much
     assert [metrics[name] for name in METRICS] == pycocotools_figures(truth, detections).tolist()
 
@@ -126,6 +128,48 @@ def test_per_class_ap_is_that_of_each_class_alone(truth):
             assert per_class.pop(entry["name"]) == pytest.approx(alone, abs=1e-12)
     assert not per_class  # a class without an object has no AP
     json.dumps(metrics_of(truth, detections))  # plain numbers
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_score_of_the_best_f1_has_its_precision_and_recall(truth, seed):
+    """Counted by hand at every score: which detections are right, in COCO's manner, is the oracle's own."""
+    detections = perturbed(truth, seed)
+    metrics = metrics_of(truth, detections)
+    results = coco_results(detections, sorted(truth.cats))
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        judge.params.iouThrs = np.array([0.5])
+        judge.evaluate()
+    for category, entry in truth.cats.items():
+        matches, objects = [], 0
+        for image in filter(None, judge.evalImgs):
+            if image["category_id"] == category and image["aRng"] == judge.params.areaRng[0]:
+                kept = ~image["dtIgnore"][0].astype(bool)
+                matches += zip(np.array(image["dtScores"])[kept], image["dtMatches"][0][kept] > 0, strict=True)
+                objects += int((~np.array(image["gtIgnore"], bool)).sum())
+        if not objects:
+            assert entry["name"] not in metrics["best_F1"]
+            continue
+        found = metrics["best_F1"][entry["name"]]
+        points = {}  # by score: precision, recall, F1
+        for score, _ in matches:
+            above = [match for other, match in matches if other >= score]
+            points[score] = sum(above) / len(above), sum(above) / objects, 2 * sum(above) / (len(above) + objects)
+        if not any(match for _, match in matches):
+            assert found["precision"] == found["recall"] == 0
+            continue
+        precision, recall, f1 = points[found["score"]]
+        assert f1 == pytest.approx(max(f1 for _, _, f1 in points.values()))
+        assert found["precision"] == pytest.approx(precision)
+        assert recall - 0.01 < found["recall"] <= recall + 1e-9  # COCO's recalls are in steps of 0.01
+
+
+def test_the_table_of_classes_shows_where_f1_is_best():
+    point = {"score": 0.31, "precision": 0.62, "recall": 0.53}
+    table = class_table({"per_class": {"a cat": 0.11}, "per_class_AP50": {"a cat": 0.22}, "best_F1": {"a cat": point}})
+    names, values, note = table.splitlines()
+    assert names.split() == ["AP", "AP50", "score", "precision", "recall"]
+    assert values.split() == ["a", "cat", "0.110", "0.220", "0.310", "0.620", "0.530"] and "F1" in note
 
 
 def test_metrics_do_not_change_what_they_are_given(truth):
