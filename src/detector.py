@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 
 from src.boxes import DEFAULT_BOXES, NMS_THRESHOLD, SCORE_THRESHOLD, Encoder, make_default_boxes
 from src.checkpoint import load_checkpoint, network_from
-from src.distributed import choose_device
+from src.distributed import amp_note, choose_device
 from src.transform import normalize, resize
 
 SHOW_THRESHOLD = 0.3  # lowest score of what is shown
@@ -46,7 +46,8 @@ class Detector:
         """
         state = load_checkpoint(path)
         network = network_from(state, path)
-        return cls(network, state["model"], state["classes"], state["category_ids"], device, amp, state["origin"])
+        origin = state["origin"] + amp_note(choose_device(device), amp)
+        return cls(network, state["model"], state["classes"], state["category_ids"], device, amp, origin)
 
     def __call__(self, images, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD):
         """Detect in a list of (H, W, 3) uint8 RGB images of any sizes.

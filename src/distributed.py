@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import time
 from collections import Counter
@@ -42,6 +43,14 @@ def choose_device(name=None, local_rank=None):
         if (device.index or 0) >= count:
             raise UserError(f"--device {device}: CUDA sees {count} GPUs, counted from 0; give another")
     return device
+
+
+def amp_note(device, amp):
+    """What to add to a line about the device where --amp slows things down."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if amp and device.type == "cpu" and x86 and not torch.cpu._is_avx512_bf16_supported():
+        return "; --amp is slow here: this CPU has no bfloat16 instructions"
+    return ""
 
 
 def set_up(device_name=None):

@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 from src.boxes import box_cxcywh_to_xyxy, make_default_boxes
 from src.classes import VOC_CLASSES
 from src.detector import Detector, detect_in_tiles, fold_batch_norm, json_entry, tile_starts
+from src.distributed import amp_note
 from src.images import read_image
 
 MODELS = ("ssd", "ssdlite")
@@ -248,6 +249,17 @@ def test_tiles_keep_the_thresholds_and_the_better_of_two():
     assert found["labels"].tolist() == [1, 2]
     assert found["boxes"].tolist() == [[30, 20, 50, 40]] * 2
     assert_close(found["scores"], torch.tensor([0.6, 0.4]))
+
+
+@pytest.mark.parametrize(
+    "machine, native, told", [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)]
+)
+def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slow(monkeypatch, machine, native, told):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    origins = [Detector.load(ROOT / "demo" / "ssdlite_shapes.pth", "cpu", amp).origin for amp in (False, True)]
+    assert [("--amp is slow" in origin) for origin in origins] == [False, told]
+    assert amp_note(torch.device("cuda"), amp=True) == ""
 
 
 def test_record_names_labels_and_the_pictures_size():
