@@ -22,7 +22,7 @@ from src.dataset import CocoDataset, TrainSampler, check_categories
 from src.detector import Detector
 from src.distributed import print_rank0
 from src.engine import evaluate, make_optimizer, metrics_table, train_steps
-from src.log import open_log, write, write_evaluation
+from src.log import append_line, open_log, write, write_evaluation
 from src.loss import MultiBoxLoss
 from src.model import freeze
 from src.usage import UserError
@@ -40,6 +40,7 @@ def parse_args():
     add("--train-set", default="train2017", help="folder of the training images")
     add("--val-set", default="val2017", help="folder of the validation images")
     add("--zoom-out", action="store_true", help="the paper's expansion (section 3.6)")
+    add("--no-flip", action="store_true", help="do not mirror images: for classes that differ only in left and right")
     add("--num-workers", type=natural, default=4, help="loading processes per training process")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(DEFAULT_BOXES), help="default: that of --pretrained-model, else ssd")
@@ -86,7 +87,7 @@ def main():
     device = distributed.set_up(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    print_rank0(f"running on {distributed.devices(device)}")
+    print_rank0(f"running on {distributed.devices(device)}" + distributed.amp_note(device, args.amp))
 
     # Data
     train_set, val_set = open_sets(args)
@@ -104,7 +105,7 @@ def main():
     for name, data in (("training", train_set), ("validation", val_set)):
         if not resuming:  # a resumed run finds broken files as it loads them
             data.check_files(name)
-        print_rank0(data.describe(name))
+        print_rank0(data.describe(name, train_set.encoder))
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     ground_truth = load_ground_truth(val_set.annotation_file)
 
@@ -117,6 +118,7 @@ def main():
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
     schedule = partial(learning_rate, args, iterations, distributed.world_size())  # of (epoch, iteration)
+    print_rank0(describe_schedule(args, iterations, schedule))
 
     # Resume, then train and evaluate
     options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
@@ -141,6 +143,7 @@ def main():
                 metrics, _ = evaluate(detector, val_loader, ground_truth, args.nms_threshold)
             print_rank0(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
             write_evaluation(log, metrics, detector, val_set, (epoch + 1) * iterations)
+            append_line(Path(args.save_folder) / "metrics.jsonl", {"model": args.model, "epoch": epoch + 1} | metrics)
             run.epoch, run.samples_seen = epoch + 1, 0
             if metrics["AP"] >= run.best_ap:
                 run.best_ap = metrics["AP"]
@@ -155,7 +158,7 @@ def open_sets(args):
     """The training and the validation set; UserError if they do not agree, or hold nothing to learn."""
     encoder = Encoder(make_default_boxes(args.model))
     size = DEFAULT_BOXES[args.model].input_size
-    train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out, size)
+    train_set = CocoDataset(args.data_path, args.train_set, encoder, args.seed, args.zoom_out, size, not args.no_flip)
     val_set = CocoDataset(args.data_path, args.val_set, size=size)
     check_categories(val_set, train_set.category_ids, train_set.classes, train_set.annotation_file)
     if not len(train_set.boxes):
@@ -186,6 +189,13 @@ def learning_rate(args, iterations, world_size, epoch, iteration):
     warmup = min(300, iterations) if args.warmup is None else args.warmup
     lr *= min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
     return lr * 0.1 ** sum(epoch >= last for last in args.multistep)
+
+
+def describe_schedule(args, iterations, schedule):
+    """The schedule in one line; schedule(epoch, iteration) is the learning rate, `iterations` per epoch."""
+    starts = [0, *(last for last in sorted(args.multistep) if last < args.epochs)]
+    rates = [f"{schedule(start, 10**9):.2g} from epoch {start + 1}" for start in starts]  # long after the warm-up
+    return f"{args.epochs} epochs of {iterations} iterations; learning rate after warm-up: {', '.join(rates)}"
 
 
 if __name__ == "__main__":

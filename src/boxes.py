@@ -137,6 +137,11 @@ class Encoder:
         cls_targets[matched] = labels[owner]
         return loc_targets, cls_targets
 
+    def fits(self, boxes):
+        """Which of boxes (G, 4) xyxy overlap a default box by more than 0.5, as matching wants it: (G,) bool."""
+        corners = self.corners.cpu()
+        return torch.cat([pairwise_iou(part, corners).amax(dim=1) for part in boxes.split(100)]) > 0.5
+
     def decode(self, loc, cls_logits, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD, max_detections=200):
         """Turn raw outputs into detections (SSD section 2.2 and "inference" of section 3.7).
 

@@ -28,10 +28,11 @@ class CocoDataset(Dataset):
     """
 
     @no_garbage_collection()  # while millions of annotations are parsed
-    def __init__(self, data_path, set_name, encoder=None, seed=0, zoom_out=False, size=300):
+    def __init__(self, data_path, set_name, encoder=None, seed=0, zoom_out=False, size=300, mirror=True):
         self.folder = Path(data_path) / set_name
         self.annotation_file = annotation_file(data_path, set_name)
         self.encoder, self.seed, self.zoom_out, self.size = encoder, seed, zoom_out, size
+        self.mirror = mirror  # half of the samples
         data, self.repairs = read_annotations(self.annotation_file)
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
@@ -61,11 +62,22 @@ class CocoDataset(Dataset):
     def __len__(self):
         return len(self.image_ids)
 
-    def describe(self, name):
-        """What the set holds and what was repaired, in one line; each remark on its annotations in one more."""
+    def describe(self, name, encoder=None):
+        """What the set holds and what was repaired, in one line; each remark on it in one more.
+
+        With an encoder: one on how many of its boxes overlap a default box enough to be matched to it.
+        """
         lines = [f"{count} {what}" for what, count in self.repairs.items()]
         repairs, remarks = ([line for line in lines if (": " in line) == is_remark] for is_remark in (False, True))
         holds = f"{len(self)} images, {len(self.boxes)} boxes of {len(self.classes) - 1} classes"
+        if empty := int((np.diff(self.starts) == 0).sum()):
+            repairs.insert(0, f"{empty} images without boxes")
+        if encoder and len(self.boxes):
+            sample = self.boxes[:: -(-len(self.boxes) // 2000)]  # enough, and soon done
+            share = encoder.fits(torch.from_numpy(sample)).float().mean().item()
+            remarks.append(f"{share:.0%} of the boxes have an IoU above 0.5 with a default box")
+            if share < 0.5:
+                remarks[-1] += ": few of the others will be found; tiles help, and --model ssd instead of ssdlite"
         return "\n".join(f"{name}: {line}" for line in [", ".join([holds, *repairs]), *remarks])
 
     def __getitem__(self, key):
@@ -76,7 +88,7 @@ class CocoDataset(Dataset):
         # Seeded by (seed, epoch, index): independent of worker, process and restarts.
         rng = np.random.default_rng((self.seed, epoch, index))
         boxes, labels = self.objects(index)
-        image, boxes, labels = augment(self.read(index), boxes, labels, rng, self.size, self.zoom_out)
+        image, boxes, labels = augment(self.read(index), boxes, labels, rng, self.size, self.zoom_out, self.mirror)
         targets = self.encoder.encode(torch.from_numpy(boxes), torch.from_numpy(labels))
         return image, *targets, self.image_ids[index]
 

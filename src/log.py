@@ -1,4 +1,6 @@
-"""The TensorBoard log of a run. Only the main process writes: in the others the log is None."""
+"""The logs of a run, TensorBoard's and metrics.jsonl. Only the main process writes: in the others the log is None."""
+
+import json
 
 import numpy as np
 import torch
@@ -27,6 +29,13 @@ def write(log, group, numbers, step):
         for tag, number in numbers.items():
             log.add_scalar(f"{group}/{tag}", number, step)
         log.flush()
+
+
+def append_line(file, entry):
+    """Append `entry` to a file of one JSON object per line, from the main process."""
+    if is_main_process():
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(entry) + "\n")
 
 
 def write_evaluation(log, metrics, detector, val_set, step):

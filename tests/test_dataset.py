@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from samples import box, small_dataset
+from samples import box, scene, small_dataset
 from torch.utils.data import DataLoader
 
 from src.boxes import Encoder, make_default_boxes
@@ -71,6 +71,38 @@ def test_boxes_too_thin_for_float32_do_not_reach_the_encoder(tmp_path, encoder):
     for epoch in range(5):
         for index in range(2):
             assert torch.isfinite(data[epoch, index][1]).all()
+
+
+def test_boxes_that_have_no_default_box_are_told_of(tmp_path, encoder):
+    """Of SSDLite's, 60 of 300 pixels: what fills less than half of one cannot reach an IoU of 0.5."""
+    image = {"id": 10, "file_name": "a.jpg", "width": 300, "height": 300}
+    images = [image, {**image, "id": 20, "file_name": "b.jpg"}]
+    at = 16 * 9 + 8  # a cell's center
+    squares = [box(10, [at - side / 2, at - side / 2, side, side]) for side in (42, 43, 60, 40, 10)]
+    small_dataset(tmp_path, squares, images)
+    lines = CocoDataset(tmp_path, "set").describe("a set", encoder).splitlines()
+    assert lines[0] == "a set: 2 images, 5 boxes of 3 classes, 1 images without boxes"
+    assert lines[1].startswith("a set: 40% of the boxes have an IoU above 0.5 with a default box: few of the others")
+    assert "--model ssd" in lines[1] and "tiles" in lines[1]
+    small_dataset(tmp_path / "large", squares[1:3] * 2 + squares[3:], images)
+    assert (
+        CocoDataset(tmp_path / "large", "set")
+        .describe("a set", encoder)
+        .endswith("67% of the boxes have an IoU above 0.5 with a default box")
+    )
+
+
+def test_samples_are_mirrored_half_the_time_or_never(tmp_path, encoder):
+    """Otherwise they are the same."""
+    small_dataset(tmp_path, [box(10, [10, 10, 60, 30])])
+    Image.fromarray(scene(50, 100)).save(tmp_path / "set" / "a.jpg")
+    plain, mirrored = (CocoDataset(tmp_path, "set", encoder, mirror=mirror) for mirror in (False, True))
+    flipped = 0
+    for epoch in range(30):
+        (image, *_), (other, *_) = plain[epoch, 0], mirrored[epoch, 0]
+        flipped += not np.array_equal(image, other)
+        assert np.array_equal(image, other) or np.array_equal(image[:, ::-1], other)
+    assert 5 < flipped < 25
 
 
 def test_an_image_without_boxes_is_a_training_sample(tmp_path, encoder):

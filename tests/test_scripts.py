@@ -76,6 +76,9 @@ def test_training_leaves_checkpoints_and_a_log(trained):
     assert set(found) == {f"Train/{t}" for t in train_tags} | {f"Test/{t}" for t in test_tags}
     assert [event.step for event in found["Test/mAP"]] == [3, 6]
     assert all(math.isfinite(event.value) for events in found.values() for event in events)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["model"], line["epoch"]) for line in lines] == [("ssdlite", 1), ("ssdlite", 2)]
+    assert [line["AP"] for line in lines] == pytest.approx([event.value for event in found["Test/mAP"]])
 
 
 def test_the_log_shows_images_with_predictions_beside_the_truth(shapes, trained):

@@ -6,6 +6,7 @@ The networks that main makes are real; training and evaluation are spies that no
 import lzma
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,26 @@ def test_the_learning_rate_falls_at_the_same_shares_of_any_number_of_epochs(monk
 def test_learning_rate_grows_with_the_pictures_of_a_step(batch_size, world_size, factor):
     args = SimpleNamespace(**RECIPE | {"batch_size": batch_size})
     assert train.learning_rate(args, 1000, world_size, 5, 0) == pytest.approx(2.6e-3 * factor)
+
+
+@pytest.mark.parametrize(
+    "epochs, multistep, rates",
+    [
+        (65, [43, 54], "0.0026 from epoch 1, 0.00026 from epoch 44, 2.6e-05 from epoch 55"),
+        (20, [43, 54], "0.0026 from epoch 1"),  # it never falls
+        (3, [2, 1], "0.0026 from epoch 1, 0.00026 from epoch 2, 2.6e-05 from epoch 3"),
+    ],
+)
+def test_the_schedule_is_said_in_one_line(epochs, multistep, rates):
+    args = SimpleNamespace(**RECIPE | {"epochs": epochs, "multistep": multistep})
+    line = train.describe_schedule(args, 1000, partial(train.learning_rate, args, 1000, 1))
+    assert line == f"{epochs} epochs of 1000 iterations; learning rate after warm-up: {rates}"
+
+
+@pytest.mark.parametrize("options, mirror", [([], True), (["--no-flip"], False)])
+def test_no_flip_reaches_the_training_set(shapes_folder, monkeypatch, options, mirror):
+    monkeypatch.setattr("sys.argv", ["train.py", "--data-path", str(shapes_folder), *options])
+    assert train.open_sets(train.parse_args())[0].mirror == mirror
 
 
 def test_warm_up_may_outlast_the_first_epoch_or_be_left_out():

@@ -68,6 +68,17 @@ def test_boxes_stay_with_their_pixels(no_jitter, zoom_out):
     assert (min(areas) < 0.02) == zoom_out
 
 
+@pytest.mark.parametrize("mirror", [True, False])
+def test_left_stays_left_without_mirroring(mirror):
+    image = np.tile(np.linspace(0, 255, 60).astype(np.uint8)[:, None], (50, 1, 3))
+    boxes, labels = np.array([[0.1, 0.2, 0.6, 0.9]], np.float32), np.array([1])
+    brighter_left = []
+    for seed in range(40):
+        sample, _, _ = transform.augment(image, boxes, labels, np.random.default_rng(seed), 30, mirror=mirror)
+        brighter_left.append(sample[:, :15].mean() > sample[:, 15:].mean())
+    assert 10 < sum(brighter_left) < 30 if mirror else not any(brighter_left)
+
+
 def test_a_canvas_larger_than_needed_shrinks_and_its_boxes_stay_with_their_pixels():
     image, pixels = np.zeros((400, 600, 3), np.uint8), np.array([120, 100, 420, 340])
     image[100:340, 120:420] = 255
