@@ -41,7 +41,7 @@ def test_each_image_and_box_is_in_one_set_and_each_class_in_both(tmp_path, monke
         data.check_files(range(len(data)))
         for index, image_id in enumerate(data.image_ids):
             assert data.path(index).samefile(tmp_path / "set" / f"{image_id}.jpg")
-    assert "none of class 4" in capsys.readouterr().out
+    assert "missing classes: class 4" in capsys.readouterr().out
 
 
 def test_the_seed_decides_and_the_share_is_kept(tmp_path, monkeypatch):

@@ -50,15 +50,13 @@ def main():
     in_val = draw(images, data["annotations"], args.val, np.random.default_rng(args.seed))
     for name, file in outputs.items():
         chosen = {image["id"]: image for image in images if (image["id"] in in_val) == (name == "val")}
-        link_images(
-            [{"file": folder / i["file_name"], "file_name": i["file_name"]} for i in chosen.values()], out / name
-        )
+        names = [image["file_name"] for image in chosen.values()]
+        link_images([{"file": folder / file_name, "file_name": file_name} for file_name in names], out / name)
         boxes = [a for a in data["annotations"] if a["image_id"] in chosen]
         file.write_text(json.dumps(data | {"images": list(chosen.values()), "annotations": boxes}))
         present = {a["category_id"] for a in boxes}
-        missing = [c["name"] for c in data["categories"] if c["id"] not in present]
-        told = f"; none of {', '.join(missing)}" if missing else ""
-        print(f"{name} -> {out / name}: images: {len(chosen)}, boxes: {len(boxes)}{told}")
+        missing = ", ".join(c["name"] for c in data["categories"] if c["id"] not in present) or "none"
+        print(f"{name} -> {out / name}: images: {len(chosen)}, boxes: {len(boxes)}, missing classes: {missing}")
 
 
 def check_images(images, folder):
