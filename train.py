@@ -94,8 +94,7 @@ def main():
     sampler = TrainSampler(len(train_set), args.batch_size, distributed.rank(), distributed.world_size(), args.seed)
     per_step = args.batch_size * distributed.world_size()
     iterations = len(sampler)  # in a whole epoch
-    latest = Path(args.save_folder) / f"{args.model}.pth"
-    best = Path(args.save_folder) / f"{args.model}_best.pth"
+    latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
     usage.make_folder("--save-folder", args.save_folder)
     usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
     stopping.lock_folder(latest)  # no other run may use it
