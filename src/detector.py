@@ -86,12 +86,11 @@ def detect_in_tiles(detector, image, side, score_threshold=SCORE_THRESHOLD, nms_
     tiles = itertools.product(tile_starts(width, side), tile_starts(height, side), [side])
     found = []
     for left, top, size in [(0, 0, max(height, width)), *tiles]:
-        tile = image[top : top + size, left : left + size]
-        one = detector([tile], score_threshold, nms_threshold)[0]
+        one = detector([image[top : top + size, left : left + size]], score_threshold, nms_threshold)[0]
         boxes = one["boxes"] + torch.tensor([left, top, left, top])
         margin = 2 * size / detector.size  # two pixels of the network
-        cut = (boxes[:, :2] < torch.tensor([left, top]) + margin) & torch.tensor([left > 0, top > 0])
-        ends = torch.tensor([left + size, top + size])
+        starts, ends = torch.tensor([left, top]), torch.tensor([left + size, top + size])
+        cut = (boxes[:, :2] < starts + margin) & (starts > 0)
         cut |= (boxes[:, 2:] > ends - margin) & (ends < torch.tensor([width, height]))
         found.append([values[~cut.any(dim=1)] for values in (boxes, one["labels"], one["scores"])])
     boxes, labels, scores = map(torch.cat, zip(*found, strict=True))
