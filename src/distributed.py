@@ -47,8 +47,10 @@ def choose_device(name=None, local_rank=None):
 
 def amp_note(device, amp):
     """What to add to a line about the device where --amp slows things down."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    if amp and device.type == "cpu" and x86 and not torch.cpu._is_avx512_bf16_supported():
+    if not amp or device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return ""
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # not in every version of torch
+    if not has_bfloat16():
         return "; --amp is slow here: this CPU has no bfloat16 instructions"
     return ""
 
