@@ -12,30 +12,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from runs import ROOT, frames_of, make_video, run_here
+from runs import SHAPES, frames_of, make_video, run_here
 from samples import scene
 
 from src.detector import Detector
-
-SHAPES = ROOT / "demo" / "ssdlite_shapes.pth"
-
-
-@pytest.fixture(scope="module")
-def blind():
-    """A detector that finds nothing, at once."""
-    detector = Detector.load(SHAPES, "cpu")
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
-    detector.detect_resized = lambda pixels, sizes, *_: [nothing for _ in sizes]
-    return detector
 
 
 @pytest.fixture
 def script(monkeypatch, capfd, blind):
     """Function that runs a script in this process; returns its status, what it says, and its error line."""
     load = Detector.load
-    monkeypatch.setattr(Detector, "load", lambda path, **_: blind if path == str(SHAPES) else load(path))
+    monkeypatch.setattr(Detector, "load", lambda path, *_, **__: blind if path == str(SHAPES) else load(path))
 
     def run_it(name, *options, model=SHAPES):
         status = run_here(monkeypatch, name, "--pretrained-model", model, *options)
@@ -79,6 +67,7 @@ def photo(path):
         ("test_image.py", ["--output", "b.png", "--json", "./link/b.png"], "what --output writes"),
         ("test_image.py", ["--json", "a_prediction.jpg"], "what --output writes"),
         ("test_image.py", ["--json", "model.pth"], "an input"),
+        ("test_image.py", ["--output", "a.jpg"], "an input"),
         ("test_image.py", ["--json", "link/a.jpg"], "an input"),
         ("test_image.py", ["--json", "hard.jpg"], "an input"),
         ("test_image.py", ["--json", "new/"], "is a folder"),
