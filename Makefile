@@ -1,5 +1,5 @@
 # make demo   train SSDLite on the sample data set and draw what it finds (about six minutes on two CPU cores)
-# make test   ruff and pytest
+# make test   ruff and pytest, on two cores (WORKERS=8: on eight)
 # make web    write demo/web/dist, the page that detects in a browser (CHECKPOINT=FILE: with another detector)
 # make figures  train longer and make what is shown in demo/, but tensorboard.png (AMP=--amp: half precision, if the CPU can)
 # make photos  draw what demo/ssdlite_voc.pth finds in the photographs of README, and run the notebook
@@ -7,6 +7,9 @@
 PYTHON = .venv/bin/python
 RUN = demo/training
 CHECKPOINT = demo/ssdlite_voc.pth
+WORKERS = 2
+# By default threads wait for one another in a loop: beside other programs training would hardly move.
+export OMP_WAIT_POLICY = PASSIVE
 # glibc would hand the memory of each step back to the system, only to ask for it again.
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
@@ -47,7 +50,7 @@ web: .venv/installed-export
 test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .venv/installed: requirements.txt
 	test -x $(PYTHON) || python3 -m venv .venv

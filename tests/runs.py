@@ -1,5 +1,6 @@
 """Running the scripts, and looking at what a run left behind."""
 
+import multiprocessing
 import os
 import runpy
 import signal
@@ -11,11 +12,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import usage
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ROOT / "demo" / "ssdlite_shapes.pth"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -41,6 +44,19 @@ def run_here(monkeypatch, script, *options):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
+
+
+def start_processes(function, processes, *args):
+    """Start function(rank, *args) in new processes, forked by a server that has imported what takes seconds."""
+    multiprocessing.set_forkserver_preload(["train", "tensorboard.backend.event_processing.event_accumulator"])
+    return mp.start_processes(function, args, processes, join=False, start_method="forkserver")
+
+
+def in_processes(function, processes, *args):
+    """Run function(rank, *args) in new processes, to their end."""
+    context = start_processes(function, processes, *args)
+    while not context.join():
+        pass
 
 
 def free_port():
@@ -77,6 +93,22 @@ def scalars(folder):
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     log.Reload()
     return {tag: log.Scalars(tag) for tag in log.Tags()["scalars"]}
+
+
+def end_of(folder):
+    """Last checkpoint and the steps logged under each TensorBoard tag."""
+    steps = {tag: [event.step for event in events] for tag, events in scalars(folder / "log" / "ssdlite").items()}
+    return torch.load(folder / "ssdlite.pth", weights_only=True), steps
+
+
+def assert_same_end(folder, whole):
+    """The run in `folder` ended like that in `whole`, to the last bit and with the same steps logged."""
+    (found, steps), (expected, expected_steps) = end_of(folder), end_of(whole)
+    for end in (found, expected):  # the rate of the last step that this very process took:
+        end["optimizer"] = end["optimizer"]["state"]  # derived anew for each step, not read
+    for key in ("model_state_dict", "optimizer", "epoch", "samples_seen", "best_map"):
+        assert same(found[key], expected[key]), (key, folder)
+    assert steps == expected_steps
 
 
 def same(a, b):

@@ -1,20 +1,23 @@
 """src.distributed in real gloo processes, and what DistributedDataParallel makes of a batch."""
 
+import fcntl
+import multiprocessing
 import os
 import socket
 import time
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from runs import free_port, join, same
+from runs import free_port, in_processes, join, same, start_processes
 from samples import as_detections
 
-from src import distributed
+from src import distributed, stopping
 from src.boxes import Encoder, make_default_boxes
 from src.detector import Detector
 from src.engine import METRICS, coco_results, compute_metrics, evaluate, run_coco_eval
@@ -119,31 +122,23 @@ def start(rank, world_size, port, jobs, folder):
     join(rank, world_size, port)
     torch.set_num_threads(1)
     assert distributed.set_up() == torch.device("cpu")
-    torch.save([job() for job in jobs], folder / f"{rank}.pt")
+    os.chdir(folder)
+    torch.save([job() for job in jobs], f"{rank}.pt")
     distributed.tear_down()
     assert not torch.distributed.is_initialized()
 
 
-def in_processes(world_size, tmp_path_factory, *jobs):
-    """{name of job: what it returned in each of `world_size` processes}."""
-    folder = tmp_path_factory.mktemp("answers")
-    mp.spawn(start, (world_size, free_port(), jobs, folder), nprocs=world_size)
-    answers = [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(world_size)]
-    return {job.__name__: by_rank for job, *by_rank in zip(jobs, *answers, strict=True)}
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes answer; started once, as this takes seconds."""
-    return in_processes(
-        2, tmp_path_factory, use_everything, out_of_memory, gradients, traffic, evaluate_share, judge_shares
-    )
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """What three processes answer."""
-    return in_processes(3, tmp_path_factory, use_everything, evaluate_share, judge_shares)
+    """{name of job: what it returned in each of two processes}; started once, as this takes seconds."""
+    jobs = use_everything, out_of_memory, locked_folder, gradients, traffic, evaluate_share, evaluate_categories
+    folder = tmp_path_factory.mktemp("answers")
+    (folder / "ssdlite.lock").write_text("process 7 on the moon")
+    with open(folder / "ssdlite.lock", "r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        in_processes(start, 2, 2, free_port(), jobs, folder)
+    answers = [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(2)]
+    return {job.__name__: by_rank for job, *by_rank in zip(jobs, *answers, strict=True)}
 
 
 def use_everything():
@@ -173,21 +168,37 @@ def test_two_processes_all_reduce_all_gather_and_buffers(two):
     check_answers(two["use_everything"], [11, 0.1, -2e-9])
 
 
-def test_three_processes_all_reduce_all_gather_and_buffers(three):
-    check_answers(three["use_everything"], [111, 0.3, -3e-9])
+def locked_folder():
+    """How stopping.lock_folder ends where another process has the lock."""
+    try:
+        stopping.lock_folder(Path("ssdlite.pth"))
+    except (UserError, SystemExit) as end:
+        return type(end), str(end)
+
+
+def test_a_folder_in_use_ends_every_process_and_one_says_why(two):
+    (kind, message), other = two["locked_folder"]
+    assert kind is UserError and "in use by process 7 on the moon" in message
+    assert other == (SystemExit, "2")
 
 
 # A process that does not come
 
 
+SECONDS = 12  # what a process waits here at most
+
+
 def wait_in_vain(rank, port, imported, how, lost, folder):
     """A process waits for `lost`, which has gone or does not come; note what it says, and after how long."""
     join(rank, 2, port)
-    distributed.TIMEOUT = timedelta(seconds=16)
+    distributed.TIMEOUT = timedelta(seconds=SECONDS)
+    open_store, sleep = distributed.open_store, time.sleep
+    distributed.open_store = lambda timeout: open_store(min(timeout, distributed.TIMEOUT / 2))
+    distributed.time = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 10))
     imported.wait()  # so that they meet in time on a busy machine
     distributed.set_up()
     if rank == lost:
-        time.sleep(0 if how == "gone" else 60)
+        time.sleep(60 if how in ("barrier", "all_reduce") else 0)
         os._exit(0)
     begun = time.monotonic()
     try:
@@ -199,26 +210,33 @@ def wait_in_vain(rank, port, imported, how, lost, folder):
         os._exit(0)
 
 
-@pytest.mark.parametrize("how, least, most", [("gone", 0, 40), ("barrier", 8, 20), ("all_reduce", 16, 40)])
-def test_a_process_that_does_not_come_is_named_in_time(tmp_path, how, least, most):
-    seconds, message = outcome_of_waiting(tmp_path, how, lost=1)
+@pytest.fixture(scope="module")
+def waited(tmp_path_factory):
+    """{how: (seconds that a process waited for the other, what it said)}; all pairs wait at the same time."""
+    folder, pairs = tmp_path_factory.mktemp("waited"), {}
+    context = multiprocessing.get_context("forkserver")
+    for how, lost in {"gone": 1, "barrier": 1, "all_reduce": 1, "store": 0}.items():
+        given = free_port(), context.Barrier(2), how, lost, folder
+        pairs[how] = start_processes(wait_in_vain, 2, *given).processes, 1 - lost, given
+    for processes, waiting, _ in pairs.values():
+        processes[waiting].join(120)
+        for process in processes:
+            process.kill()
+    outcomes = {how: (folder / how).read_text().split(" ", 1) for how in pairs}
+    return {how: (float(seconds), message) for how, (seconds, message) in outcomes.items()}
+
+
+@pytest.mark.parametrize(
+    "how, least, most", [("gone", 0, SECONDS), ("barrier", SECONDS / 2, SECONDS), ("all_reduce", SECONDS, 3 * SECONDS)]
+)
+def test_a_process_that_does_not_come_is_named_in_time(waited, how, least, most):
+    seconds, message = waited[how]
     assert least <= seconds < most and message.startswith("no answer from rank 1 ("), message
 
 
-def test_a_lost_machine_with_the_store_is_named_by_its_address(tmp_path):
-    _, message = outcome_of_waiting(tmp_path, "gone", lost=0)  # rank 0 keeps the store here
+def test_a_lost_machine_with_the_store_is_named_by_its_address(waited):
+    _, message = waited["store"]  # rank 0 keeps the store here
     assert message.startswith("no answer from 127.0.0.1, where torchrun keeps its store"), message
-
-
-def outcome_of_waiting(folder, how, lost):
-    """Seconds that a process waited for process `lost`, and what it said."""
-    given = free_port(), mp.get_context("spawn").Barrier(2), how, lost, folder
-    processes = mp.spawn(wait_in_vain, given, nprocs=2, join=False).processes
-    processes[1 - lost].join(120)
-    for process in processes:
-        process.kill()
-    seconds, message = (folder / how).read_text().split(" ", 1)
-    return float(seconds), message
 
 
 def test_processes_wait_ten_minutes_at_most():
@@ -248,27 +266,27 @@ def test_other_errors_pass_as_they_are(two):
     assert two["out_of_memory"] == ["CUDA out of memory"] * 2
 
 
-# Two processes with 4 pictures each compute what one computes with 8
+# Two processes with 2 images each compute what one computes with 4
 
 
-def eight_samples():
-    """A batch with 0 to 3 objects a picture."""
+def four_samples():
+    """A batch with 0 to 3 objects an image."""
     generator, encoder = torch.Generator().manual_seed(1), Encoder(make_default_boxes("ssdlite"))
-    images = torch.randn(8, 3, 300, 300, generator=generator)
+    images = torch.randn(4, 3, 300, 300, generator=generator)
     targets = []
-    for i in range(8):
-        corners = torch.rand(i % 4, 2, 2, generator=generator).sort(dim=1).values
-        targets.append(encoder.encode(corners.flatten(1), torch.arange(1, i % 4 + 1)))
+    for i in range(4):
+        corners = torch.rand(i, 2, 2, generator=generator).sort(dim=1).values
+        targets.append(encoder.encode(corners.flatten(1), torch.arange(1, i + 1)))
     return images, *map(torch.stack, zip(*targets, strict=True))
 
 
 def gradients(device="cpu"):
-    """Loss and gradients of this process's share of the eight samples."""
+    """Loss and gradients of this process's share of the four samples."""
     torch.manual_seed(0)
     network = build_model("ssdlite", 4, pretrained_backbone=False).eval().double().to(device)
     world_size = distributed.world_size()
     model = distributed.maybe_ddp(network)
-    images, loc_targets, cls_targets = (part[distributed.rank() :: world_size].to(device) for part in eight_samples())
+    images, loc_targets, cls_targets = (part[distributed.rank() :: world_size].to(device) for part in four_samples())
     losses = MultiBoxLoss()(*model(images.double()), loc_targets, cls_targets)
     sum(losses).backward()
     shared = distributed.all_reduce([sum(losses).item()])[0] / world_size
@@ -315,8 +333,8 @@ def test_a_step_sends_gradients_alone_and_buffers_are_shared_when_asked_for(two)
 # Evaluation
 
 
-def seven_pictures():
-    """COCO's truth and noise for pixels; seven, so that 2 or 3 processes have unequal shares."""
+def seven_images():
+    """COCO's ground truth and noise for pixels; seven, so that the processes have unequal shares."""
     truth = COCO()
     images = [{"id": 50 - i, "width": 300, "height": 300} for i in range(7)]
     annotations = [
@@ -333,7 +351,7 @@ def seven_pictures():
 
 
 def evaluate_share():
-    """Figures and detections of a network of random weights, as train.py shares the work."""
+    """Metrics and detections of a network of random weights, as train.py shares the work."""
     torch.manual_seed(0)
     network = build_model("ssdlite", 3, pretrained_backbone=False)
     for module in network.modules():
@@ -345,18 +363,16 @@ def evaluate_share():
             if name.startswith(("loc.", "conf.")):
                 values.mul_(0.3)  # outputs of a trained network's size
     detector = Detector(network, "ssdlite", ["background", "a", "b"], [3, 21], "cpu")
-    truth, pixels, ids = seven_pictures()
+    truth, pixels, ids = seven_images()
     own = slice(distributed.rank(), None, distributed.world_size())
     batches = zip(pixels[own].split(2), ids[own].split(2), strict=True)
     loader = [(p, i, torch.tensor([[300, 300]] * len(i))) for p, i in batches]
     return evaluate(detector, loader, truth)
 
 
-def check_evaluation(answers):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes: sums in another order would swap near ties
+def test_evaluation_by_two_processes_finds_the_same(two):
+    answers = two["evaluate_share"]
     metrics, detections = evaluate_share()
-    torch.set_num_threads(threads)
     for _, gathered in answers[1:]:
         assert same(dict(sorted(gathered.items())), dict(sorted(answers[0][1].items())))
     (shared, gathered), *others = answers
@@ -370,14 +386,6 @@ def check_evaluation(answers):
         assert torch.equal(gathered[image_id]["labels"], found["labels"])
         torch.testing.assert_close(gathered[image_id]["scores"], found["scores"], atol=1e-5, rtol=0)
         torch.testing.assert_close(gathered[image_id]["boxes"], found["boxes"], atol=1e-3, rtol=0)
-
-
-def test_evaluation_by_two_processes_finds_the_same(two):
-    check_evaluation(two["evaluate_share"])
-
-
-def test_evaluation_by_three_processes_finds_the_same(three):
-    check_evaluation(three["evaluate_share"])
 
 
 def noisy_detections(categories):
@@ -404,8 +412,8 @@ def noisy_detections(categories):
     return truth, as_detections(detections, sorted(truth.cats))
 
 
-def judge_shares():
-    """[(what pycocotools found, metrics)] for a category alone, which leaves processes idle, and for seven."""
+def evaluate_categories():
+    """[(what pycocotools found, metrics)] for a category alone, which leaves a process idle, and for seven."""
     answers = []
     for categories in (1, 7):
         truth, detections = noisy_detections(categories)
@@ -415,9 +423,8 @@ def judge_shares():
     return answers
 
 
-@pytest.mark.parametrize("processes", ["two", "three"])
-def test_judged_in_shares_is_judged_by_one_bit_for_bit(processes, request):
-    answers = request.getfixturevalue(processes)["judge_shares"]
+def test_categories_evaluated_in_shares_give_pycocotools_metrics_bit_for_bit(two):
+    answers = two["evaluate_categories"]
     for i, categories in enumerate((1, 7)):
         truth, detections = noisy_detections(categories)
         oracle = COCOeval(truth, truth.loadRes(coco_results(detections, sorted(truth.cats))), "bbox")

@@ -22,9 +22,14 @@ from src.detector import Detector
 from src.images import read_image
 
 EMULATOR = ROOT.parent / "shared/tools/cuda-emulator/emulate"
-CAN_RUN = EMULATOR.exists() and shutil.which("gcc") and (torch.version.cuda or "").startswith("13.")
-pytestmark = pytest.mark.skipif(not CAN_RUN, reason="no emulator in ../shared, no gcc, or torch without CUDA 13")
-slow = pytest.mark.skipif("GPU_EMULATOR" not in os.environ, reason="GPU_EMULATOR=1 runs it: 20 minutes in all")
+CAN_RUN = (
+    "GPU_EMULATOR" in os.environ
+    and EMULATOR.exists()
+    and shutil.which("gcc")
+    and (torch.version.cuda or "").startswith("13.")
+)
+WHY = "GPU_EMULATOR=1 runs it, 20 minutes in all; needs the emulator in ../shared, gcc, and torch with CUDA 13"
+pytestmark = pytest.mark.skipif(not CAN_RUN, reason=WHY)
 
 
 def emulate(*command, **env):
@@ -70,25 +75,21 @@ def gpu_tests(chosen, folder, devices):
     assert " passed" in said and "SKIPPED" not in said
 
 
-@slow
 def test_gpu_tests_on_one_device(tmp_path):
     # Training memory and torchrun: see below. SSD's 60 steps would take ten minutes, ssdlite's show the same.
     gpu_tests("not memory_of_training and not all_gpus and not two_gpus and not overflows[ssd]", tmp_path, 1)
 
 
-@slow
 def test_torchrun_on_two_devices(tmp_path):
     # Not two_gpus: every emulated rank gets its own tensors back as the sum.
     gpu_tests("all_gpus", tmp_path, 2)
 
 
-@slow
 def test_memory_of_training():
     pytest_script = Path(sys.executable).with_name("pytest")
     assert "2 passed" in emulate("--host", pytest_script, "-s", "tests/test_gpu.py", "-k", "memory_of_training")
 
 
-@slow
 def test_benchmark(tmp_path):
     # A float16 matrix product takes a CPU minutes. EMU_TWICE=0: torch's host code for a gradient through a mask
     # would read how long it is from a device that has not computed it.

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, frames_of, run
+from runs import ROOT, SHAPES, frames_of
 
-from demo import photos, video
+from demo import photos, slim, video
 from demo.shapes import make_dataset
 from src import transform
 from src.boxes import DEFAULT_BOXES, Encoder, make_default_boxes, pairwise_iou
@@ -19,10 +19,10 @@ from src.detector import Detector
 from src.images import read_image
 from src.model import build_model
 from src.transform import sample_patch
+from src.usage import UserError
 
 FIRST = "network_ssd network_ssdlite default_boxes matching augmentation hard_negatives".split()
 OF_A_DETECTOR = "hero before_and_after_nms precision_recall predictions".split()
-CHECKPOINT = ROOT / "demo" / "ssdlite_shapes.pth"
 GENERATED = {"shapes", "training", "predictions"}  # by make demo
 
 
@@ -36,7 +36,13 @@ def figures():
 
 @pytest.fixture(scope="module")
 def detector():
-    return Detector.load(CHECKPOINT, "cpu")
+    return Detector.load(SHAPES, "cpu")
+
+
+@pytest.fixture(scope="module")
+def moving():
+    """The frames of the clip."""
+    return list(video.moving_shapes(np.random.default_rng(0)))
 
 
 def titles(figure):
@@ -119,60 +125,74 @@ def test_the_image_of_nms_is_one_without_a_mistake(figures, detector, tmp_path):
     assert after.get_title() == f"after: {len(texts(after))} boxes"
 
 
-def test_figures_of_own_data_and_of_a_checkpoint(shapes_folder, tmp_path):
-    script = ["-m", "demo.figures", "--data-path", shapes_folder, "--output"]
-    run(*script, tmp_path / "own", "--model", "ssd")
-    assert sorted(f.stem for f in (tmp_path / "own").iterdir()) == sorted(FIRST)
-    run(*script, tmp_path / "all", "--pretrained-model", CHECKPOINT)
-    found = {f.stem: f for f in (tmp_path / "all").iterdir()}
-    assert set(found) == {*FIRST, *OF_A_DETECTOR}
-    for file in found.values():
+@pytest.fixture
+def draw(figures, shapes_folder, tmp_path, monkeypatch):
+    """Function that draws the figures of a data set as the command line does; returns {name: file}."""
+
+    def run_it(*options):
+        command = ["figures", "--data-path", shapes_folder, "--output", tmp_path / "all", *options]
+        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        figures.main()
+        return {file.stem: file for file in (tmp_path / "all").iterdir()}
+
+    return run_it
+
+
+def test_figures_of_own_data(draw):
+    assert sorted(draw("--model", "ssd")) == sorted(FIRST)
+
+
+def test_figures_of_a_checkpoint(draw):
+    files = draw("--pretrained-model", SHAPES)
+    assert set(files) == {*FIRST, *OF_A_DETECTOR}
+    for file in files.values():
         assert file.stat().st_size < 500_000
         assert Image.open(file).width == 1660
 
 
-def test_figures_of_a_detector_that_finds_nothing(shapes_folder, tmp_path):
-    torch.manual_seed(0)
-    state = load_checkpoint(CHECKPOINT)
-    weights = build_model("ssdlite", 7, pretrained_backbone=False).state_dict()
-    save_checkpoint(tmp_path / "new.pth", state | {"model_state_dict": weights})
-    script = ["-m", "demo.figures", "--data-path", shapes_folder, "--output", tmp_path / "all"]
-    run(*script, "--pretrained-model", tmp_path / "new.pth")
-    assert {f.stem for f in (tmp_path / "all").iterdir()} == {*FIRST, *OF_A_DETECTOR}
+def test_figures_of_a_detector_that_finds_nothing(figures, draw, blind, monkeypatch):
+    monkeypatch.setattr(figures.Detector, "load", lambda *_: blind)
+    for name in ("network", "default_boxes", "matching", "augmentation", "hard_negatives"):  # as above
+        function = lambda *_: figures.plt.figure()  # noqa: E731
+        function.__name__ = name
+        monkeypatch.setattr(figures, name, function)
+    assert set(draw("--pretrained-model", SHAPES)) == {*FIRST, *OF_A_DETECTOR}
 
 
-def test_a_checkpoint_of_other_classes_is_refused(shapes_folder, tmp_path):
-    state = load_checkpoint(CHECKPOINT)
-    save_checkpoint(tmp_path / "other.pth", state | {"classes": ["background", *"abcdef"]})
-    script = ["-m", "demo.figures", "--data-path", shapes_folder, "--output", tmp_path / "all"]
-    done = run(*script, "--pretrained-model", tmp_path / "other.pth", status=2)
-    assert "other classes" in done.stderr and not (tmp_path / "all").exists()
+def test_a_checkpoint_of_other_classes_is_refused(draw, tmp_path):
+    save_checkpoint(tmp_path / "other.pth", load_checkpoint(SHAPES) | {"classes": ["background", *"abcdef"]})
+    with pytest.raises(UserError, match="other classes"):
+        draw("--pretrained-model", tmp_path / "other.pth")
+    assert not (tmp_path / "all").exists()
 
 
-def test_slim_checkpoint_detects_what_the_whole_one_does(tmp_path):
+def test_slim_checkpoint_detects_what_the_whole_one_does(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = build_model("ssdlite", 3, pretrained_backbone=False)
     names = {"classes": ["background", "a", "b"], "category_ids": [4, 9]}
     state = {"model": "ssdlite", "model_state_dict": network.state_dict(), "optimizer": {}} | names
     save_checkpoint(tmp_path / "whole.pth", state)
-    run("-m", "demo.slim", tmp_path / "whole.pth", tmp_path / "slim.pth")
-    slim = load_checkpoint(tmp_path / "slim.pth")
-    assert {key: slim[key] for key in names} == names and "optimizer" not in slim
+    monkeypatch.setattr("sys.argv", ["slim", str(tmp_path / "whole.pth"), str(tmp_path / "slim.pth")])
+    slim.main()
+    half = load_checkpoint(tmp_path / "slim.pth")
+    assert {key: half[key] for key in names} == names and "optimizer" not in half
     for name, values in network.state_dict().items():
-        torch.testing.assert_close(slim["model_state_dict"][name].to(values.dtype), values, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(half["model_state_dict"][name].to(values.dtype), values, rtol=1e-3, atol=1e-6)
     whole, small = ((tmp_path / f"{name}.pth").stat().st_size for name in ("whole", "slim"))
     assert small < 0.6 * whole
 
 
-def test_the_clip_moves(tmp_path):
-    run("-m", "demo.video", "--output", tmp_path / "moving.avi")
+def test_the_clip_moves(tmp_path, monkeypatch, moving):
+    monkeypatch.setattr(video, "moving_shapes", lambda rng: moving)
+    monkeypatch.setattr("sys.argv", ["video", "--output", str(tmp_path / "moving.avi")])
+    video.main()
     frames = frames_of(tmp_path / "moving.avi")
     assert len(frames) == 60 and frames[0].shape == (480, 640, 3)
     steps = [abs(frames[t] - frames[t - 1]).mean() for t in range(60)]  # the first is that from the last: it is a loop
     assert min(steps) > 0.5 and max(steps) < 2 * min(steps)
 
 
-def test_the_gif_shows_each_shape_once_and_no_false_box(detector, tmp_path):
+def test_the_gif_shows_each_shape_once_and_no_false_box(detector, moving, tmp_path):
     found = []
 
     def watched(*given, **settings):
@@ -180,7 +200,7 @@ def test_the_gif_shows_each_shape_once_and_no_false_box(detector, tmp_path):
         return found[-1]
 
     watched.classes = detector.classes
-    video.write_gif(tmp_path / "moving.gif", video.moving_shapes(np.random.default_rng(0)), watched)
+    video.write_gif(tmp_path / "moving.gif", moving, watched)
     assert len(found) == 60 and all(sorted(one["labels"].tolist()) == [1, 2, 3, 4, 5, 6] for (one,) in found)
     for path in (tmp_path / "moving.gif", ROOT / "demo" / "video.gif"):
         shown = Image.open(path)
@@ -210,4 +230,4 @@ def test_what_is_shown_is_small_enough_to_be_cloned():
     assert len(images) >= 13 and all(f.stat().st_size < 400_000 for f in images)
     assert {f.stem for f in images if f.parent.name == "figures"} == {*FIRST, *OF_A_DETECTOR}
     assert (ROOT / "demo" / "video.gif").stat().st_size < 3_000_000
-    assert CHECKPOINT.stat().st_size < 10_000_000
+    assert SHAPES.stat().st_size < 10_000_000

@@ -15,23 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, frames_of, make_video, run_here
+from runs import ROOT, SHAPES, frames_of, make_video, run_here
 from samples import scene
 from torchvision.ops import box_iou
 
 from src.detector import Detector
 from src.images import read_image
-
-SHAPES = ROOT / "demo" / "ssdlite_shapes.pth"
-
-
-@pytest.fixture(scope="module")
-def blind():
-    """A detector that finds nothing, at once."""
-    detector = Detector.load(SHAPES, "cpu")
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
-    detector.detect_resized = lambda pixels, sizes, *_: [nothing for _ in sizes]
-    return detector
 
 
 @pytest.fixture
@@ -82,6 +71,7 @@ def photo(path):
         ("test_image.py", ["--output", "b.png", "--json", "./link/b.png"], "what --output writes"),
         ("test_image.py", ["--json", "a_prediction.jpg"], "what --output writes"),
         ("test_image.py", ["--json", "model.pth"], "an input"),
+        ("test_image.py", ["--output", "a.jpg"], "an input"),
         ("test_image.py", ["--json", "link/a.jpg"], "an input"),
         ("test_image.py", ["--json", "hard.jpg"], "an input"),
         ("test_image.py", ["--json", "new/"], "is a folder"),

@@ -3,6 +3,7 @@
 The networks that main makes are real; training and evaluation are spies that note what they get.
 """
 
+import contextlib
 import lzma
 import os
 import sys
@@ -13,8 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from runs import free_port, join
+from runs import free_port, in_processes, join
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import mobilenet_v2
@@ -72,7 +72,7 @@ def test_the_learning_rate_falls_at_the_same_shares_of_any_number_of_epochs(monk
 
 
 @pytest.mark.parametrize("batch_size, world_size, factor", [(32, 8, 8), (16, 1, 0.5), (4, 2, 0.25)])
-def test_learning_rate_grows_with_the_pictures_of_a_step(batch_size, world_size, factor):
+def test_learning_rate_grows_with_the_images_of_a_step(batch_size, world_size, factor):
     args = SimpleNamespace(**RECIPE | {"batch_size": batch_size})
     assert train.learning_rate(args, 1000, world_size, 5, 0) == pytest.approx(2.6e-3 * factor)
 
@@ -189,7 +189,7 @@ def test_training_starts_from_imagenets_features(imagenet_network, tmp_path):
 
 
 def spied_main(rank, world_size, port, options, maps, file):
-    """Run train.main, whose epochs score the figures of `maps`; save what was handed on."""
+    """Run train.main, whose epochs score the metrics of `maps`; save what was handed on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if world_size > 1:
         join(rank, world_size, port)
@@ -197,13 +197,13 @@ def spied_main(rank, world_size, port, options, maps, file):
     seen, results = [], iter(maps)
 
     def train_steps(run, model, loader, _, learning_rate, amp):
-        for buffer in model.buffers():  # as if this process had seen pictures of its own
+        for buffer in model.buffers():  # as if this process had seen images of its own
             buffer.fill_(distributed.rank() + 1)
         ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
         seen.append({"ids": ids, "ddp": isinstance(model, DistributedDataParallel)})
         seen[-1] |= {"amp": amp, "lr": learning_rate(1, 0), "epoch": run.epoch, "first": run.samples_seen}
         seen[-1]["lr_at_the_end"] = learning_rate(0, len(loader) - 1)
-        seen[-1]["zoom_out"] = loader.dataset.zoom_out
+        seen[-1] |= {"zoom_out": loader.dataset.zoom_out, "best_ap": run.best_ap}
         return []
 
     def detector(network, name, classes, category_ids, device, amp):
@@ -219,22 +219,23 @@ def spied_main(rank, world_size, port, options, maps, file):
     train.train_steps, train.Detector, train.evaluate = train_steps, detector, evaluate
     train.write_evaluation = lambda *_: None
     sys.argv = ["train.py", *options]
-    train.main()
-    torch.save(seen, file.format(rank=rank))
+    with open(file.format(rank=rank), "w") as output, contextlib.redirect_stdout(output):
+        train.main()
+    torch.save(seen, f"{output.name}.pt")
 
 
 @pytest.fixture
 def run_main(shapes_folder, tmp_path):
-    """Function that runs main in `processes`; returns what each saw, [epoch] by process."""
+    """Function that runs main in `processes`, which print to tmp_path/RANK; returns [epoch] by process."""
 
     def run(processes, maps, *options):
         options = [*options, "--data-path", shapes_folder, "--save-folder", tmp_path]
         options += ["--model", "ssdlite", "--no-pretrained-backbone", "--batch-size", 2]
         options += ["--num-workers", 0, "--epochs", len(maps), "--log-path", tmp_path / "log"]
-        file = str(tmp_path / "seen_{rank}.pt")
+        file = str(tmp_path / "{rank}")
         given = processes, free_port(), list(map(str, options)), maps, file
-        mp.spawn(spied_main, given, nprocs=processes)
-        return [torch.load(file.format(rank=rank)) for rank in range(processes)]
+        in_processes(spied_main, processes, *given)
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
 
     return run
 
@@ -271,6 +272,11 @@ def test_what_is_not_frozen_of_the_backbone_learns_at_a_tenth(monkeypatch, optio
     assert train.parse_args().backbone_lr_factor == factor
 
 
+def test_the_option_of_torch_distributed_launch_is_taken(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--local-rank=1"])
+    assert not hasattr(train.parse_args(), "local_rank")  # LOCAL_RANK is used; resuming does not compare it
+
+
 def test_random_weights_are_not_frozen(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--freeze", "--no-pretrained-backbone"])
     with pytest.raises(SystemExit):
@@ -278,9 +284,9 @@ def test_random_weights_are_not_frozen(monkeypatch, capsys):
     assert "random weights" in capsys.readouterr().err
 
 
-def test_a_validation_set_without_a_box_keeps_the_latest_as_best(run_main, tmp_path, capfd):
+def test_a_validation_set_without_a_box_keeps_the_latest_as_best(run_main, tmp_path):
     run_main(1, [-1.0, -1.0])  # what pycocotools gives where there is nothing to find
-    said = capfd.readouterr().out
+    said = (tmp_path / "0").read_text()
     assert "nothing to measure" in said and "no mAP measured" in said and "-1.000" not in said
     assert torch.load(tmp_path / "ssdlite_best.pth", weights_only=True)["epoch"] == 2
 
@@ -321,7 +327,7 @@ def test_main_leaves_amp_and_zoom_out_off(run_main):
     assert seen[0]["nms_threshold"] == 0.5
 
 
-def test_two_processes_share_gradients_pictures_and_buffers(run_main):
+def test_two_processes_share_gradients_images_and_buffers(run_main):
     zero, one = run_main(2, [0.1, 0.2])
     for epoch, other in zip(zero, one, strict=True):
         assert epoch["ddp"] and other["ddp"]
@@ -330,4 +336,5 @@ def test_two_processes_share_gradients_pictures_and_buffers(run_main):
         assert not set(epoch["val_ids"]) & set(other["val_ids"])
         assert len(epoch["val_ids"] + other["val_ids"]) == 6
         assert epoch["buffers"] == other["buffers"] == {1.0}  # rank 0's
+        assert epoch["best_ap"] == other["best_ap"] == (0.1 if epoch["epoch"] else -1)  # any process may have to save
         assert epoch["lr"] == pytest.approx(2.6e-3 * 2 * 2 / 32 / 10)  # the second of two epochs
