@@ -424,7 +424,7 @@ def test_a_second_run_into_a_save_folder_is_refused_until_the_first_ends(shapes,
     first.start()
     worker = here.recv()
     try:
-        assert run_here(monkeypatch, *training(shapes, tmp_path)) == 2
+        assert run_here(monkeypatch, *training(shapes, tmp_path, "--epochs", 1)) == 2
         error = capfd.readouterr().err
         assert f"process {first.pid} on {socket.gethostname()}" in error and str(tmp_path) in error
         assert error.count("error: ") == 1 and not (tmp_path / "ssdlite.pth").exists()
