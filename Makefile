@@ -45,7 +45,7 @@ photos: .venv/installed-dev
 	.venv/bin/jupyter execute --inplace demo/ssd_explained.ipynb
 
 web: .venv/installed-export
-	$(PYTHON) -m demo.web.build --pretrained-model $(CHECKPOINT)
+	$(PYTHON) -m demo.web.build --pretrained-model "$(CHECKPOINT)"
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -96,6 +96,7 @@ def page(browser, server):
 
 def give(page, file):
     """Give an image file to the page, as its user chooses one."""
+    page.evaluate("document.getElementById('image').ariaLabel = ''")  # the last one may have the same name
     page.set_input_files("#file", file)
     page.wait_for_selector(f'#image[aria-label="{file.name}"]', timeout=DETECT)
     wait(page)
@@ -222,18 +223,76 @@ def test_see_inside_shows_the_default_box_of_a_detection(page, server):
     slide(page, 0.3, 0.5)
 
 
+def test_boxes_lie_where_they_were_found(page):
+    give(page, PHOTOS[0])
+    frame, width = page.locator("#image").bounding_box(), Image.open(PHOTOS[0]).width
+    for k, (_, _, box) in enumerate(listed(page)):
+        shown = page.locator("#boxes li").nth(k).bounding_box()
+        sides = shown["x"] - frame["x"], shown["y"] - frame["y"], shown["width"], shown["height"]
+        left, top, right, bottom = box * np.array(frame["width"] / width)
+        assert sides == pytest.approx((left, top, right - left, bottom - top), abs=1)
+
+
+def test_the_photo_chosen_last_is_shown(page):
+    """Though one chosen before takes longer to decode, as a large one does."""
+    for file in PHOTOS[:2]:
+        give(page, file)
+    page.evaluate("""async () => {
+        const decode = createImageBitmap, [last, first] = [...document.querySelectorAll("#strip button")].reverse();
+        let late;
+        globalThis.createImageBitmap = (...args) => {
+            globalThis.createImageBitmap = decode;
+            return late = new Promise((wake) => setTimeout(wake, 500)).then(() => decode(...args));
+        };
+        first.click();
+        last.click();
+        await late.then((bitmap) => 0, () => 0);
+    }""")
+    wait(page)
+    assert page.locator("#image").get_attribute("aria-label") == PHOTOS[1].name
+
+
+def test_a_new_image_comes_with_its_own_detections(page):
+    give(page, PHOTOS[0])
+    page.evaluate("""() => {
+        const read = () => document.getElementById("detections").innerText;
+        new MutationObserver((_, observer) => { observer.disconnect(); globalThis.atFirst = read(); })
+            .observe(document.getElementById("image"), { attributeFilter: ["width"] });
+    }""")
+    page.set_input_files("#file", PHOTOS[1])
+    page.wait_for_selector(f'#image[aria-label="{PHOTOS[1].name}"]', timeout=DETECT)
+    wait(page)
+    assert page.evaluate("atFirst") == page.evaluate("document.getElementById('detections').innerText")
+
+
+def test_an_image_that_is_too_large_is_one_sentence(page, tmp_path, reference):
+    Image.new("RGB", (70_000, 1), "white").save(tmp_path / "wide.png")
+    page.set_input_files("#file", tmp_path / "wide.png")
+    page.get_by_text("The detector failed on this image: it is too large for this browser").wait_for(timeout=DETECT)
+    slide(page, 0.3, 0.5)
+    assert listed(page) == []  # in particular not those of the image before
+    give(page, PHOTOS[0])
+    assert_same(listed(page), reference(PHOTOS[0]))
+
+
 def test_a_file_that_is_no_image_is_one_sentence(page, tmp_path, reference):
     (tmp_path / "broken.jpg").write_bytes(PHOTOS[0].read_bytes()[:100])
     (tmp_path / "drawing.svg").write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"/>'
     )  # has no pixels
+    expect = pytest.importorskip("playwright.sync_api").expect
     buttons = page.locator("#strip button").count()
     for name in "drawing.svg", "broken.jpg":
         page.set_input_files("#file", tmp_path / name)
         page.get_by_text(f"{name}: not an image that this browser can read.").wait_for(timeout=DETECT)
-    assert page.locator("#strip button").count() == buttons + 1  # the drawing's
-    give(page, PHOTOS[1])
+    expect(page.locator("#strip button")).to_have_count(buttons + 1)  # the drawing's
+    page.set_input_files("#file", [PHOTOS[1], tmp_path / "broken.jpg"])
+    page.wait_for_selector(f'#image[aria-label="{PHOTOS[1].name}"]', timeout=DETECT)
+    wait(page)
     assert_same(listed(page), reference(PHOTOS[1]))
+    expect(page.locator("#trouble")).to_have_text("broken.jpg: not an image that this browser can read.")
+    give(page, PHOTOS[0])
+    expect(page.locator("#trouble")).to_have_text("")
 
 
 def test_no_camera_and_no_webassembly_are_one_sentence_each(page, browser, server):
@@ -249,6 +308,9 @@ def test_makes_no_request_after_loading_and_never_to_others(browser, server, ref
     page = open_page(browser, server, permissions=["camera"])
     wait(page)
     assert not page.evaluate("crossOriginIsolated") and len(server.seen) > 5
+    assert all(line.split()[1].startswith("/") for line in server.seen)  # no other server's, which come with its name
+    shows, author, kind = re.search(r"(?m)^\| \[.+?\| (.+?) \| (.+?) \| \[(.+?)\]", build.CREDITS.read_text()).groups()
+    assert page.locator("#credit").inner_text() == f"{shows}. Photo: {author}, {kind}"
     server.seen.clear()
     give(page, album / "transparent.png")
     assert_same(listed(page), reference(album / "transparent.png"))
@@ -267,7 +329,33 @@ def test_makes_no_request_after_loading_and_never_to_others(browser, server, ref
 def test_the_page_is_small_and_credits_its_photos():
     assert sum(len((build.HERE / name).read_text().splitlines()) for name in build.PAGE) <= 400
     photos = build.credited_photos()
-    assert len(photos) == 3 and all(photo["source"].startswith("https://") for photo in photos)
+    assert len(photos) == 3 and all(photo["credit"].count('<a href="https://') == 2 for photo in photos)
+
+
+def test_a_build_that_fails_changes_nothing_and_one_that_does_not_leaves_nothing_old(tmp_path, monkeypatch):
+    folder = tmp_path / "dist"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(OSError), build.replacing(folder):
+        raise OSError
+    assert [file.name for file in tmp_path.rglob("*")] == ["dist", "old"]
+    monkeypatch.setattr(sys, "argv", ["build.py", "--output", str(folder)])
+    with pytest.raises(UserError, match="holds other files"):
+        build.main()
+    with build.replacing(folder) as new:
+        (new / "new").touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["dist", "new"]
+
+
+def test_why_npm_fails_is_one_line(monkeypatch, tmp_path):
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho npm error code E1 >&2; echo npm error FetchError: reason >&2; exit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setattr(build, "RUNTIME", tmp_path / "none")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UserError, match=r"needs the network; start again \(FetchError: reason\)"):
+        build.fetch_runtime()
 
 
 def test_without_npm_make_web_says_so(monkeypatch, tmp_path):

@@ -10,7 +10,11 @@ async function work() {
   const scalar = (value) => new ort.Tensor("float32", [value], []);
   let image;
   async function detect({ bitmap, score, nms }) {
-    if (bitmap) image = new ort.Tensor("uint8", readPixels(bitmap), [bitmap.height, bitmap.width, 3]);
+    if (bitmap) {
+      image = undefined; // not the last one, should reading this one fail
+      image = new ort.Tensor("uint8", readPixels(bitmap), [bitmap.height, bitmap.width, 3]);
+      bitmap.close();
+    }
     const begin = performance.now();
     const inputs = { image, score_threshold: scalar(score), nms_threshold: scalar(nms) };
     const { boxes, labels, scores, matched } = await session.run(inputs);
@@ -20,7 +24,7 @@ async function work() {
       { score, box: box(k), label: Number(labels.data[k]), matched: Number(matched.data[k]) });
     return { milliseconds, detections: Array.from(scores.data, detection) };
   }
-  onmessage = async ({ data }) => postMessage(await detect(data).catch((error) => ({ error: String(error) })));
+  onmessage = async ({ data }) => postMessage(await detect(data).catch((error) => ({ error: error.message ?? error })));
   postMessage({}); // ready
 }
 
@@ -29,38 +33,44 @@ function readPixels(bitmap) {
   const { width, height } = bitmap;
   const canvas = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   canvas.drawImage(bitmap, 0, 0);
-  let rgba = canvas.getImageData(0, 0, width, height).data;
-  const opaque = new Uint32Array(rgba.buffer).every((pixel) => pixel >= 0xff000000); // little-endian: alpha is on top
-  if (!opaque) rgba = readTexture(bitmap) ?? rgba;
+  const { data } = canvas.getImageData(0, 0, width, height);
+  const opaque = new Uint32Array(data.buffer).every((pixel) => pixel >= 0xff000000); // little-endian: alpha is on top
+  const rgba = opaque ? data : readTexture(bitmap) ?? data;
+  if (rgba === data && !data.some(Boolean)) throw new Error("it is too large for this browser");
   const rgb = new Uint8Array(width * height * 3);
   for (let from = 0, to = 0; from < rgba.length; from++) if (from % 4 !== 3) rgb[to++] = rgba[from];
   return rgb;
 }
 
+let gl; // browsers allow a few such contexts only
 function readTexture(bitmap) {
-  const gl = new OffscreenCanvas(1, 1).getContext("webgl");
-  if (!gl) return;
+  gl ??= new OffscreenCanvas(1, 1).getContext("webgl");
+  if (!gl || gl.isContextLost()) return;
   const rgba = new Uint8Array(bitmap.width * bitmap.height * 4), texture = gl.createTexture();
   gl.bindTexture(gl.TEXTURE_2D, texture);
   gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA, gl.RGBA, gl.UNSIGNED_BYTE, bitmap);
   gl.bindFramebuffer(gl.FRAMEBUFFER, gl.createFramebuffer());
   gl.framebufferTexture2D(gl.FRAMEBUFFER, gl.COLOR_ATTACHMENT0, gl.TEXTURE_2D, texture, 0);
   gl.readPixels(0, 0, bitmap.width, bitmap.height, gl.RGBA, gl.UNSIGNED_BYTE, rgba);
+  gl.deleteTexture(texture);
   return gl.getError() ? undefined : rgba;
 }
 
 const $ = (id) => document.getElementById(id);
-const say = (text) => { $("status").textContent = text; };
-let about, worker, camera; // detector.json; what detects; the stream while it is on
+let about, worker, latest; // detector.json; what detects; the photo or camera turned to last
 let size, detections = [], selected; // width and height of the image shown; what was found in it; the one looked inside
 let next, again, running; // an image to come; whether to detect once more; the promise of what is under way
 
+const say = (text) => { $("status").textContent = text; };
+const complain = (text) => $("trouble").textContent.includes(text) || $("trouble").append(text, " ");
+
 async function start() {
+  document.ondragover = document.ondrop = (event) => event.preventDefault(); // else the browser leaves the page
   if (typeof WebAssembly === "undefined") {
     return say("This browser has no WebAssembly, which the detector needs: allow it in its settings, or try another.");
   }
   about = await (await get("detector.json")).json();
-  say(`Loading the detector: ${about.megabytes} MB …`);
+  say(`Loading the detector: ${about.megabytes} MB…`);
   $("title").textContent = about.title;
   about.classes.slice(1).forEach((name, k) => paint(add("classes", "li", name), k + 1));
   for (const { cells } of about.maps) addGrid(add("maps", "figure", `${cells} × ${cells}`), cells);
@@ -80,25 +90,26 @@ async function get(file) {
 }
 
 // What the worker answers to a message, or to none, when it starts. One question at a time.
-function ask(message, transfer = []) {
+function ask(message) {
   return new Promise((resolve) => {
     worker.onmessage = ({ data }) => resolve(data);
     worker.onerror = (event) => resolve({ error: event.message ?? "its worker does not start" });
-    if (message) worker.postMessage(message, transfer);
+    if (message) worker.postMessage(message);
   });
 }
 
 function listen() {
-  document.body.classList.add("ready");
+  for (const controls of document.querySelectorAll("[inert]")) controls.inert = false;
   $("file").onchange = () => { takeFiles($("file").files); $("file").value = ""; };
-  $("camera").onclick = () => (camera ? stopCamera() : startCamera());
+  $("camera").onclick = () => (latest?.video ? turnTo() : startCamera());
   document.onpaste = (event) => takeFiles(event.clipboardData.files);
-  document.ondragover = (event) => event.preventDefault();
   document.ondrop = (event) => { event.preventDefault(); takeFiles(event.dataTransfer.files); };
   $("score").oninput = $("nms").oninput = ({ target }) => {
     target.previousElementSibling.textContent = Number(target.value).toFixed(2);
-    detect();
+    if (size) detect();
   };
+  const look = ({ target }) => select(target.closest("li")?.detection);
+  for (const event of ["pointerover", "focusin"]) document.addEventListener(event, look);
 }
 
 function takeFiles(files) {
@@ -111,52 +122,58 @@ function addPhoto(photo) {
   const button = add("strip", "button"), image = add(button, "img");
   image.alt = photo.shows;
   image.src = URL.createObjectURL(photo.blob);
-  image.onerror = () => { button.remove(); sayUnreadable(photo); };
+  image.onload = () => URL.revokeObjectURL(image.src);
+  image.onerror = () => { button.remove(); complainOf(photo); };
   button.onclick = () => show(photo);
 }
 
-const sayUnreadable = ({ shows }) => say(`${shows}: not an image that this browser can read.`);
+const complainOf = ({ shows }) => complain(`${shows}: not an image that this browser can read.`);
+
+// From now on only images of this photo or camera, if any, are to be shown.
+function turnTo(source) {
+  release(latest);
+  latest = source;
+  $("trouble").textContent = "";
+  $("camera").ariaPressed = Boolean(source?.video);
+  $("status").ariaLive = $("origin").ariaLive = source?.video ? "off" : "polite"; // not every frame is worth reading out
+}
+
+const release = (source) => source?.video?.srcObject?.getTracks().forEach((track) => track.stop());
 
 async function show(photo) {
-  stopCamera();
-  const bitmap = await createImageBitmap(photo.blob, AS_STORED).catch(() => sayUnreadable(photo));
+  turnTo(photo);
+  const bitmap = await createImageBitmap(photo.blob, AS_STORED).catch(() => complainOf(photo));
   if (bitmap) await detect(bitmap, photo);
 }
 
 async function startCamera() {
   const video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
-  $("camera").disabled = true;
+  const camera = { shows: "Camera", video };
+  turnTo(camera);
   try {
-    camera = video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
-    await video.play();
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    if (latest === camera) await video.play();
+    while (latest === camera) {
+      if (!video.srcObject.active) throw new Error("unplugged");
+      await detect(await createImageBitmap(video), camera);
+      await new Promise(requestAnimationFrame);
+    }
   } catch {
-    stopCamera();
+    if (latest !== camera) return;
+    turnTo();
     const where = isSecureContext ? "" : " Browsers allow it at https:// addresses and on localhost only.";
-    return say(`No camera: there is none, or this page may not use it.${where}`);
+    complain(`No camera: there is none, or this page may not use it.${where}`);
   } finally {
-    $("camera").disabled = false;
+    release(camera);
   }
-  $("camera").ariaPressed = true;
-  $("status").ariaLive = "off"; // not every frame is worth reading out
-  while (camera === video.srcObject) {
-    const frame = await createImageBitmap(video).catch(stopCamera);
-    if (camera === video.srcObject) await detect(frame, { shows: "Camera" });
-    await new Promise(requestAnimationFrame);
-  }
-}
-
-function stopCamera() {
-  camera?.getTracks().forEach((track) => track.stop());
-  camera = undefined;
-  $("camera").ariaPressed = false;
-  $("status").ariaLive = "polite";
 }
 
 // Detect in a new image, or once more in the last; what comes while that is under way waits, and only the latest stays.
-function detect(bitmap, photo) {
+function detect(bitmap, source) {
+  if (bitmap && source !== latest) return bitmap.close();
   if (bitmap) {
     next?.bitmap.close();
-    next = { bitmap, photo };
+    next = { bitmap, source };
   }
   again = $("detections").ariaBusy = true;
   return running ??= detectAll().finally(() => { running = undefined; });
@@ -164,28 +181,26 @@ function detect(bitmap, photo) {
 
 async function detectAll() {
   while (again) {
-    const { bitmap, photo } = next ?? {};
+    const { bitmap, source } = next ?? {};
     again = next = undefined;
-    if (bitmap) showImage(bitmap, photo);
     const message = { bitmap, score: Number($("score").value), nms: Number($("nms").value) };
-    const { error, milliseconds, ...answer } = await ask(message, bitmap ? [bitmap] : []);
+    const { error, milliseconds, ...answer } = await ask(message);
+    if (bitmap) showImage(bitmap, source);
     detections = answer.detections ?? [];
     const count = `${detections.length || "No"} detection${detections.length === 1 ? "" : "s"}`;
-    say(error ? `The detector failed on this image: ${error}` : `${count} in ${Math.round(milliseconds)} ms`);
+    const took = Math.round(milliseconds);
+    say(error ? `The detector failed on this image: ${error}` : `${count}; the network took ${took} ms.`);
     render();
   }
   $("detections").ariaBusy = false;
 }
 
-function showImage(bitmap, { shows, author, license, terms, source }) {
+function showImage(bitmap, { shows, credit }) {
   size = [$("image").width, $("image").height] = [bitmap.width, bitmap.height];
   $("image").getContext("2d").drawImage(bitmap, 0, 0);
-  $("image").ariaLabel = shows;
-  $("credit").textContent = source ? `${shows}. Photo: ` : shows;
-  if (!source) return;
-  add("credit", "a", author).href = source;
-  $("credit").append(", ");
-  add("credit", "a", license).href = terms;
+  bitmap.close();
+  $("image").ariaLabel = $("credit").textContent = shows;
+  if (credit) $("credit").innerHTML = credit;
 }
 
 // Boxes on the image, small ones on top, and the same in words.
@@ -203,21 +218,21 @@ function render() {
     name.textContent = about.classes[detection.label];
     Object.assign(score, { textContent: detection.score.toFixed(2), value: detection.score });
     Object.assign(box, { textContent: detection.box.map(Math.round).join(", "), value: detection.box });
-    Object.assign(item.firstChild, { onfocus: item.onpointerenter, onblur: () => select() });
   });
-  select(selected && detections.find((one) => one.label === selected.label && one.matched === selected.matched));
+  const same = detections.find((one) => one.label === selected?.label && one.matched === selected.matched);
+  const held = document.querySelector("li:is(:hover, :focus-within)"); // in it a video's next frame has another
+  select(selected && (same ?? held?.detection));
 }
 
 const title = ({ label, score }) => `${about.classes[label]} ${score.toFixed(2)}`;
 
-// One item for each detection, in its color. Elements are used again, so that the focus stays where it is.
+// One item for each detection, in its color. Elements are reused, so that the focus stays where it is.
 function fill(id, html, update) {
   while ($(id).children.length > detections.length) $(id).lastChild.remove();
   detections.forEach((detection, k) => {
     const item = $(id).children[k] ?? Object.assign(add(id, "li"), { innerHTML: html });
     paint(item, detection.label);
-    item.onpointerenter = () => select(detection);
-    item.onpointerleave = ({ pointerType }) => pointerType === "mouse" && select();
+    item.detection = detection;
     update(item, detection);
   });
 }
@@ -228,12 +243,11 @@ function select(detection) {
   $("stage").classList.toggle("selecting", Boolean(detection));
   const mark = (element, k) => element.classList.toggle("selected", detections[k] === detection);
   for (const id of ["boxes", "detections"]) Array.from($(id).children, mark);
-  $("inside").replaceChildren();
-  for (const map of $("maps").children) map.lastChild.replaceChildren();
+  for (const mark of document.querySelectorAll("#inside > *, #maps i")) mark.remove();
   $("origin").textContent = "Point at a box, or go through the list: where does it come from?";
   if (!detection) return;
-  const { number, cells, stride, shapes, shape, row, column } = originOf(detection.matched);
-  const [x, y, width, height] = about.default_boxes[detection.matched];
+  const [x, y, width, height, number, shape, row, column] = about.default_boxes[detection.matched];
+  const { cells, stride, shapes } = about.maps[number];
   const cell = [column, row, column + 1, row + 1];
   place(add(addGrid("inside", about.size / stride), "i"), cell.map((side) => (side * stride) / about.size));
   place(add($("maps").children[number].lastChild, "i"), cell.map((side) => side / cells));
@@ -243,15 +257,6 @@ function select(detection) {
   $("origin").textContent = `${title(detection)} is from map ${number + 1} of ${about.maps.length} `
     + `(${cells} × ${cells} cells), row ${row + 1}, column ${column + 1}, default box ${shape + 1} of ${shapes}: `
     + `${pixels} of the network’s ${about.size} × ${about.size} pixels (dashed), which it moved and stretched.`;
-}
-
-// Whose default box it is, in the order of src/boxes.py: map, then shape, then row, then column.
-function originOf(index) {
-  let number = 0;
-  const count = ({ cells, shapes }) => cells * cells * shapes;
-  while (index >= count(about.maps[number])) index -= count(about.maps[number++]);
-  const map = about.maps[number], cell = index % map.cells ** 2, shape = (index - cell) / map.cells ** 2;
-  return { ...map, number, shape, row: Math.floor(cell / map.cells), column: cell % map.cells };
 }
 
 function add(parent, tag, text = "") {
@@ -272,13 +277,8 @@ function place(element, [left, top, right, bottom]) {
   for (const [name, share] of Object.entries(sides)) element.style[name] = `${100 * share}%`;
 }
 
-// The color of a class, and black or white on it, as in src/visualize.py.
-function paint(element, label) {
-  const rgb = about.colors[label], weights = [0.2126, 0.7152, 0.0722];
-  const luminance = rgb.reduce((sum, value, k) => sum + weights[k] * (value / 255) ** 2.2, 0);
-  element.style.setProperty("--color", `rgb(${rgb})`);
-  element.style.setProperty("--ink", luminance > 0.179 ? "black" : "white");
-}
+// The color of a class, and black or white on it.
+const paint = (element, label) => { element.style.cssText += about.colors[label]; };
 
 if (typeof document === "undefined") work().catch((error) => postMessage({ error: String(error) }));
 else start().catch((error) => say(`The detector cannot be loaded: ${error.message}`));

@@ -3,12 +3,15 @@
     make web                  # or: make web CHECKPOINT=trained_models/ssdlite.pth
     python3 -m http.server -d demo/web/dist
 
-Beside the page, what it loads: the detector as ONNX, ONNX Runtime in WebAssembly, three photos, and
+Besides the page, what it loads: the detector as ONNX, ONNX Runtime in WebAssembly, three photos, and
 detector.json: class names, their colors, and the default boxes.
 """
 
 import base64
+import contextlib
 import hashlib
+import html
+import itertools
 import json
 import re
 import shutil
@@ -18,23 +21,39 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import onnx
-
 from src import usage
 from src.boxes import DEFAULT_BOXES, make_default_boxes
 from src.usage import UserError
 from src.visualize import class_color
 
+try:
+    import onnx
+except ModuleNotFoundError:
+    sys.exit(usage.complain("onnx is missing: pip install -r requirements-export.txt"))
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CHECKPOINT = ROOT / "demo" / "ssdlite_voc.pth"
 PHOTOS = ROOT / "demo" / "photos"
+CREDITS = PHOTOS / "CREDITS.md"
 PAGE = ("index.html", "style.css", "app.js")
 VERSION = "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 RUNTIME = HERE / f"onnxruntime-web-{VERSION}"  # downloaded once
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 TITLES = {"ssd": "SSD300-ResNet50", "ssdlite": "SSDLite-MobileNetV2"}
+
+
+@contextlib.contextmanager
+def replacing(folder):
+    """Give a new folder, which takes the place of `folder` if all ends well; otherwise nothing changes."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as beside:
+        new = Path(beside) / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(new.with_name("old"))
+        new.rename(folder)
 
 
 def fetch_runtime():
@@ -44,16 +63,18 @@ def fetch_runtime():
     if not (shutil.which("npm") and shutil.which("node")):
         raise UserError("npm is missing: install Node.js (https://nodejs.org), which comes with it")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["npm", "pack", "--silent", f"onnxruntime-web@{VERSION}"]
-        if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode:
-            raise UserError(f"{' '.join(command)} failed: it needs the network; start again")
+        command = ["npm", "pack", "--loglevel=error", f"onnxruntime-web@{VERSION}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            reason = re.search(r"npm (?:error|ERR!) (?!code |syscall |errno )(.+)", done.stderr)
+            reason = f" ({reason[1]})" if reason else ""
+            raise UserError(f"{' '.join(command)} failed: it needs the network; start again{reason}")
         (package,) = Path(folder).iterdir()
         if base64.b64encode(hashlib.sha512(package.read_bytes()).digest()).decode() != SHA512:
             raise UserError(f"{package.name}: not the file that was tested (SHA-512 differs); start again")
-        RUNTIME.mkdir(exist_ok=True)
-        with tarfile.open(package) as archive:
+        with replacing(RUNTIME) as new, tarfile.open(package) as archive:
             for name in RUNTIME_FILES:
-                (RUNTIME / name).write_bytes(archive.extractfile(f"package/dist/{name}").read())
+                (new / name).write_bytes(archive.extractfile(f"package/dist/{name}").read())
 
 
 def export(checkpoint, file):
@@ -62,7 +83,7 @@ def export(checkpoint, file):
     Returns the model's name and its classes.
     """
     command = [sys.executable, ROOT / "export.py", "--pretrained-model", checkpoint, "--output", file]
-    if status := subprocess.run(command).returncode:
+    if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         sys.exit(status)
     model = onnx.load(file)
     node = onnx.helper.make_node
@@ -80,25 +101,42 @@ def export(checkpoint, file):
 
 
 def describe(name, classes):
-    """detector.json, but for the photos: what the page needs to know beside the network."""
+    """detector.json, but for the photos: what the page needs to know besides the network."""
     constants = DEFAULT_BOXES[name]
-    maps = zip(constants.feature_maps, constants.strides, constants.per_cell, strict=True)
+    maps = list(zip(constants.feature_maps, constants.strides, constants.per_cell, strict=True))
+    # The map, shape, row and column of each default box, in their order.
+    origins = [
+        (number, shape, row, column)
+        for number, (cells, _, shapes) in enumerate(maps)
+        for shape, row, column in itertools.product(range(shapes), range(cells), range(cells))
+    ]
+    boxes = [[round(side, 4) for side in box] for box in make_default_boxes(name).tolist()]
     return {
         "title": TITLES[name],
         "classes": classes,
-        "colors": [class_color(label) for label in range(len(classes))],
+        "colors": [css_colors(label) for label in range(len(classes))],
         "size": constants.input_size,
         "maps": [{"cells": cells, "stride": stride, "shapes": shapes} for cells, stride, shapes in maps],
-        "default_boxes": [[round(side, 4) for side in box] for box in make_default_boxes(name).tolist()],
+        "default_boxes": [[*box, *origin] for box, origin in zip(boxes, origins, strict=True)],
     }
+
+
+def css_colors(label):
+    """The color of a class, and black or white for text on it."""
+    color = class_color(label)
+    luminance = sum(weight * (part / 255) ** 2.2 for weight, part in zip((0.2126, 0.7152, 0.0722), color, strict=True))
+    return f"--color: rgb{color}; --ink: {'black' if luminance > 0.179 else 'white'};"
 
 
 def credited_photos():
     """The first three photos of demo/photos/CREDITS.md, with what the page says of them."""
     row = r"(?m)^\| \[(\S+)\]\(\S+\) \| (.+?) \| (.+?) \| \[(.+?)\]\((\S+?)\) \| (\S+) \|"
-    keys = ("file", "shows", "author", "license", "terms", "source")
-    rows = re.findall(row, (PHOTOS / "CREDITS.md").read_text())[:3]
-    return [dict(zip(keys, row, strict=True)) for row in rows]
+    photos = []
+    for file, *texts, terms, source in re.findall(row, CREDITS.read_text())[:3]:
+        shows, author, kind = map(html.escape, texts)
+        credit = f'{shows}. Photo: <a href="{source}">{author}</a>, <a href="{terms}">{kind}</a>'
+        photos.append({"file": file, "shows": texts[0], "credit": credit})
+    return photos
 
 
 def main():
@@ -107,19 +145,24 @@ def main():
     parser.add_argument("--pretrained-model", default=CHECKPOINT, help="checkpoint")
     parser.add_argument("--output", default=HERE / "dist", help="folder")
     args = parser.parse_args()
-    output = Path(args.output)
-    usage.make_folder("--output", output / "onnxruntime")
+    output = Path(args.output).resolve()
+    usage.make_folder("--output", output)
+    if any(output.iterdir()) and not (output / "detector.json").exists():
+        raise UserError(f"--output {args.output}: holds other files, which would be lost; give a new folder")
     fetch_runtime()
     photos = credited_photos()
-    about = describe(*export(args.pretrained_model, output / "detector.onnx")) | {"photos": photos}
-    for file in [HERE / name for name in PAGE] + [PHOTOS / photo["file"] for photo in photos]:
-        shutil.copy(file, output)
-    for name in RUNTIME_FILES:  # not every server knows that .mjs is JavaScript
-        shutil.copy(RUNTIME / name, output / "onnxruntime" / name.replace(".mjs", ".js"))
-    loaded = [output / "detector.onnx", *(output / "onnxruntime").iterdir()]
-    about["megabytes"] = round(sum(file.stat().st_size for file in loaded) / 1e6)
-    (output / "detector.json").write_text(json.dumps(about))
-    print(f"{output}: {about['megabytes']} MB; look at it: python3 -m http.server -d {output}")
+    with replacing(output) as new:
+        about = describe(*export(args.pretrained_model, new / "detector.onnx")) | {"photos": photos}
+        for file in [HERE / name for name in PAGE] + [PHOTOS / photo["file"] for photo in photos]:
+            shutil.copy(file, new)
+        (new / "onnxruntime").mkdir()
+        for name in RUNTIME_FILES:  # not every server knows that .mjs is JavaScript
+            shutil.copy(RUNTIME / name, new / "onnxruntime" / name.replace(".mjs", ".js"))
+        loaded = [new / "detector.onnx", *(new / "onnxruntime").iterdir()]
+        about["megabytes"] = round(sum(file.stat().st_size for file in loaded) / 1e6)
+        (new / "detector.json").write_text(json.dumps(about))
+    detector = f"{about['title']}, {len(about['classes']) - 1} classes"
+    print(f"{args.output}: {detector}, {about['megabytes']} MB; look at it: python3 -m http.server -d {args.output}")
 
 
 if __name__ == "__main__":
