@@ -189,7 +189,7 @@ async function detectAll() {
     detections = answer.detections ?? [];
     const count = `${detections.length || "No"} detection${detections.length === 1 ? "" : "s"}`;
     const took = Math.round(milliseconds);
-    say(error ? `The detector failed on this image: ${error}` : `${count}; the network took ${took} ms.`);
+    say(error ? `The detector failed on this image: ${error}` : `${count} (network: ${took} ms)`);
     render();
   }
   $("detections").ariaBusy = false;
