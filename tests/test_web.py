@@ -286,6 +286,17 @@ def test_a_file_that_is_no_image_is_one_sentence(page, tmp_path, reference):
         page.set_input_files("#file", tmp_path / name)
         page.get_by_text(f"{name}: not an image that this browser can read.").wait_for(timeout=DETECT)
     expect(page.locator("#strip button")).to_have_count(buttons + 1)  # the drawing's
+    page.evaluate("""() => { // the strip finds it broken before decoding does
+        const decode = createImageBitmap;
+        globalThis.createImageBitmap = async (...args) => {
+            globalThis.createImageBitmap = decode;
+            await new Promise((wake) => setTimeout(wake, 300));
+            return decode(...args);
+        };
+    }""")
+    page.set_input_files("#file", tmp_path / "broken.jpg")
+    page.wait_for_timeout(600)
+    assert page.locator("#image").is_visible()  # the one before
     page.set_input_files("#file", [PHOTOS[1], tmp_path / "broken.jpg"])
     page.wait_for_selector(f'#image[aria-label="{PHOTOS[1].name}"]', timeout=DETECT)
     wait(page)
