@@ -286,6 +286,17 @@ def test_a_file_that_is_no_image_is_one_sentence(page, tmp_path, reference):
         page.set_input_files("#file", tmp_path / name)
         page.get_by_text(f"{name}: not an image that this browser can read.").wait_for(timeout=DETECT)
     expect(page.locator("#strip button")).to_have_count(buttons + 1)  # the drawing's
+    page.evaluate("""() => { // the strip finds it broken before decoding does
+        const decode = createImageBitmap;
+        globalThis.createImageBitmap = async (...args) => {
+            globalThis.createImageBitmap = decode;
+            await new Promise((wake) => setTimeout(wake, 300));
+            return decode(...args);
+        };
+    }""")
+    page.set_input_files("#file", tmp_path / "broken.jpg")
+    page.wait_for_timeout(600)
+    assert page.locator("#image").is_visible()  # the one before
     page.set_input_files("#file", [PHOTOS[1], tmp_path / "broken.jpg"])
     page.wait_for_selector(f'#image[aria-label="{PHOTOS[1].name}"]', timeout=DETECT)
     wait(page)
@@ -300,6 +311,23 @@ def test_no_camera_and_no_webassembly_are_one_sentence_each(page, browser, serve
     page.get_by_text("No camera: there is none, or this page may not use it.").wait_for(timeout=DETECT)
     bare = open_page(browser, server, script="delete globalThis.WebAssembly")
     bare.get_by_text("This browser has no WebAssembly").wait_for(timeout=DETECT)
+
+
+def test_until_it_is_loaded_it_takes_no_photo_and_loses_none(browser, server):
+    page = open_page(browser, server, script="globalThis.Worker = class {}")
+    page.get_by_text("Loading the detector").wait_for(timeout=DETECT)
+    assert all(page.locator(control).evaluate("it => it.closest('[inert]')") for control in ("#file", "#score", "#nms"))
+    for event in "dragover", "drop":  # which the browser would answer by leaving the page
+        assert not page.evaluate(f"document.dispatchEvent(new DragEvent('{event}', {{ cancelable: true }}))")
+
+
+def test_a_touch_beside_the_boxes_closes_see_inside(page):
+    give(page, PHOTOS[1])
+    touch = "item => item.dispatchEvent(new PointerEvent('pointerover', { bubbles: true, pointerType: 'touch' }))"
+    page.locator("#boxes li").first.evaluate(touch)
+    assert page.locator("#inside > div").count() == 2
+    page.locator("#image").evaluate(touch)
+    assert page.locator("#inside > div").count() == 0
 
 
 def test_makes_no_request_after_loading_and_never_to_others(browser, server, reference, album):
@@ -318,7 +346,25 @@ def test_makes_no_request_after_loading_and_never_to_others(browser, server, ref
     page.locator("#strip button").nth(1).click()
     page.locator("#camera").click()
     page.wait_for_selector('#image[aria-label="Camera"]', timeout=DETECT)
+    page.evaluate("""() => { // a photo, while the camera is coming
+        document.getElementById("camera").click();
+        document.getElementById("camera").click();
+        document.querySelector("#strip button").click();
+    }""")
+    page.wait_for_selector(f'#image[aria-label="{shows}"]', timeout=DETECT)
+    page.wait_for_selector("#camera[aria-pressed=false]")
+    assert page.locator("#trouble").inner_text() == ""
+    page.evaluate("""() => {
+        const play = HTMLVideoElement.prototype.play;
+        HTMLVideoElement.prototype.play = function () {
+            globalThis.stream = this.srcObject;
+            return play.call(this);
+        };
+    }""")
     page.locator("#camera").click()
+    page.wait_for_selector('#image[aria-label="Camera"]', timeout=DETECT)
+    page.evaluate("stream.getTracks()[0].stop()")  # unplugged
+    page.get_by_text("No camera").wait_for(timeout=DETECT)
     page.wait_for_selector("#camera[aria-pressed=false]")
     assert server.seen == []
     page.evaluate("fetch('http://example.org/').catch(() => 0)")

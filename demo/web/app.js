@@ -62,7 +62,7 @@ let size, detections = [], selected; // width and height of the image shown; wha
 let next, again, running; // an image to come; whether to detect once more; the promise of what is under way
 
 const say = (text) => { $("status").textContent = text; };
-const complain = (text) => $("trouble").textContent.includes(text) || $("trouble").append(text, " ");
+const complain = (text) => void ($("trouble").textContent.includes(text) || $("trouble").append(text, " "));
 
 async function start() {
   document.ondragover = document.ondrop = (event) => event.preventDefault(); // else the browser leaves the page
@@ -189,7 +189,7 @@ async function detectAll() {
     detections = answer.detections ?? [];
     const count = `${detections.length || "No"} detection${detections.length === 1 ? "" : "s"}`;
     const took = Math.round(milliseconds);
-    say(error ? `The detector failed on this image: ${error}` : `${count}; the network took ${took} ms.`);
+    say(error ? `The detector failed on this image: ${error}` : `${count} (network: ${took} ms)`);
     render();
   }
   $("detections").ariaBusy = false;
