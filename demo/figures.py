@@ -26,7 +26,7 @@ from src.loss import MultiBoxLoss
 from src.model import build_model
 from src.transform import augment, normalize, resize, sample_patch
 from src.usage import UserError
-from src.visualize import class_color, place_labels
+from src.visualize import class_color, place_labels, takes_black_text
 
 try:
     from matplotlib import pyplot as plt
@@ -116,8 +116,8 @@ def tag(ax, boxes, texts, colors, size=10, panel=2.6):
     pixels = panel * 72 * np.array([1, ax.get_aspect()])  # of a point each
     plates = place_labels(texts, np.asarray(boxes) * np.tile(pixels, 2), size, pixels.astype(int).tolist())
     for text, plate, color in zip(texts, plates, colors, strict=True):
-        luminance = np.dot(np.array(to_rgb(color)) ** 2.2, (0.2126, 0.7152, 0.0722))
-        style = {"color": "black" if luminance > 0.179 else "white", "fontsize": size, "va": "top"}
+        black = takes_black_text(255 * np.array(to_rgb(color)))
+        style = {"color": "black" if black else "white", "fontsize": size, "va": "top"}
         style["bbox"] = {"fc": color, "ec": "none", "pad": 1}
         ax.text(plate[0] / pixels[0], plate[1] / pixels[1], text, **style)
 

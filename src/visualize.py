@@ -22,6 +22,12 @@ def class_color(label):
     return tuple(PALETTE[k : k + 3])
 
 
+def takes_black_text(color):
+    """True if black has a higher contrast than white on a color (R, G, B) of 0 to 255."""
+    luminance = np.dot((np.array(color) / 255) ** 2.2, (0.2126, 0.7152, 0.0722))
+    return luminance > 0.179  # WCAG 2
+
+
 def draw_detections(image, boxes, labels, scores, classes, scale=None):
     """Return a copy of image (H, W, 3) uint8 RGB with boxes (K, 4) xyxy in pixels drawn on it.
 
@@ -74,7 +80,5 @@ def draw_label(image, text, plate, color, size):
     font = cv2.FontFace("sans")  # comes with OpenCV: Latin, Cyrillic, Greek, CJK and more
     x, y = plate[:2]
     cv2.rectangle(image, plate[:2], plate[2:], color, cv2.FILLED)
-    # Black where it has the higher contrast: relative luminance above 0.179 (WCAG 2).
-    luminance = np.dot((np.array(color) / 255) ** 2.2, (0.2126, 0.7152, 0.0722))
-    ink = (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
+    ink = (0, 0, 0) if takes_black_text(color) else (255, 255, 255)
     cv2.putText(image, text, (x + size // 4, y + round(size * 1.05)), ink, font, size)

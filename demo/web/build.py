@@ -24,7 +24,7 @@ from pathlib import Path
 from src import usage
 from src.boxes import DEFAULT_BOXES, make_default_boxes
 from src.usage import UserError
-from src.visualize import class_color
+from src.visualize import class_color, takes_black_text
 
 try:
     import onnx
@@ -124,8 +124,7 @@ def describe(name, classes):
 def css_colors(label):
     """The color of a class, and black or white for text on it."""
     color = class_color(label)
-    luminance = sum(weight * (part / 255) ** 2.2 for weight, part in zip((0.2126, 0.7152, 0.0722), color, strict=True))
-    return f"--color: rgb{color}; --ink: {'black' if luminance > 0.179 else 'white'};"
+    return f"--color: rgb{color}; --ink: {'black' if takes_black_text(color) else 'white'};"
 
 
 def credited_photos():
