@@ -80,7 +80,7 @@ def parse_args():
     return args
 
 
-@distributed.naming_the_lost()
+@distributed.report_lost_ranks()
 def main():
     """Data, model, optimizer, resume; then train and evaluate, epoch by epoch."""
     args = parse_args()

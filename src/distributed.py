@@ -70,7 +70,7 @@ def set_up(device_name=None):
             store, rank, world_size = open_store(TIMEOUT)
         except (RuntimeError, ValueError, OverflowError) as error:
             place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
-            raise UserError(f"{place}: no meeting there ({error}); choose another port, with --master-port") from error
+            raise UserError(f"{place}: no connection ({error}); choose another port, with --master-port") from error
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         except RuntimeError as error:
@@ -109,7 +109,7 @@ def open_store(timeout):
 
 
 @contextlib.contextmanager
-def naming_the_lost():
+def report_lost_ranks():
     """End a run whose processes wait for others in vain with a UserError that says for which ranks."""
     try:
         yield
@@ -207,11 +207,11 @@ def maybe_ddp(network):
     if world_size() == 1:
         return network
     barrier()
-    model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    ddp_network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     # Training does not read the running statistics of batch norm: no need to send rank 0's before
     # each step. Not an option above, as that is deprecated and would not send them at the start.
-    model.broadcast_buffers = False
-    return model
+    ddp_network.broadcast_buffers = False
+    return ddp_network
 
 
 def broadcast_buffers(network):

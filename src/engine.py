@@ -52,21 +52,21 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
     return optimizer
 
 
-def train_steps(run, model, loader, criterion, learning_rate, amp=False):
+def train_steps(run, network, loader, criterion, learning_rate, amp=False):
     """Train on what is left of an epoch: a generator that takes a step each time it is asked for the next.
 
-    run has network, optimizer, scaler, epoch and samples_seen, which counts on; model is its network,
-    in DDP perhaps; loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets
+    run has optimizer, scaler, epoch and samples_seen, which counts on; network is run.network, inside
+    DDP if several processes train; loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets
     (B, D) and image ids (B,); learning_rate(epoch, iteration) -> float, which a parameter group's
     "lr_factor" multiplies.
     Yields (iteration, report): after every LOG_EVERY steps report is {tag: number}, losses averaged
     since the last one; otherwise None. Raises UserError on a loss that is not finite.
     """
-    model.train()
-    for module in model.modules():
+    network.train()
+    for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
             module.eval()  # frozen
-    device = next(model.parameters()).device
+    device = next(network.parameters()).device
     recent = []  # (losses, image ids) of each step since the last report
     waited = 0.0  # seconds since then in which there was no batch to work on
     clock = ready = time.perf_counter()
@@ -82,7 +82,7 @@ def train_steps(run, model, loader, criterion, learning_rate, amp=False):
         loc_targets = loc_targets.to(device, non_blocking=True)
         cls_targets = cls_targets.to(device, non_blocking=True)
         with torch.autocast(device.type, enabled=amp):  # float16 on a GPU, bfloat16 on a CPU
-            loc, cls_logits = model(images)
+            loc, cls_logits = network(images)
         loc_loss, cls_loss = criterion(loc, cls_logits, loc_targets, cls_targets)  # in float32
         run.optimizer.zero_grad()
         run.scaler.scale(loc_loss + cls_loss).backward()

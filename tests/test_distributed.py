@@ -202,7 +202,7 @@ def wait_in_vain(rank, port, imported, how, lost, folder):
         os._exit(0)
     begun = time.monotonic()
     try:
-        with distributed.naming_the_lost():
+        with distributed.report_lost_ranks():
             distributed.barrier() if how == "barrier" else distributed.all_reduce([1.0])
     except UserError as error:
         (folder / how).write_text(f"{time.monotonic() - begun} {error}")
@@ -256,7 +256,7 @@ def test_restarted_processes_do_not_see_the_addresses_of_the_dead(monkeypatch):
 
 def out_of_memory():
     try:
-        with distributed.naming_the_lost():
+        with distributed.report_lost_ranks():
             raise RuntimeError("CUDA out of memory")
     except RuntimeError as error:
         return str(error)

@@ -59,6 +59,14 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_a_name_that_links_to_a_file_occurs_in_it(page):
+    page = ROOT / page
+    for name, file in re.findall(r"\[`([\w.]+)`\]\(([^)#]+\.py)\)", page.read_text()):
+        for part in name.split("."):  # Encoder.encode: both
+            assert re.search(rf"\b{part}\b", (page.parent / file).read_text()), f"{name}: not in {file}"
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
 
