@@ -254,7 +254,7 @@ function select(detection) {
   place(add("inside", "div"), [x - width / 2, y - height / 2, x + width / 2, y + height / 2]);
   for (const id of ["inside", "maps"]) paint($(id), detection.label);
   const pixels = [width, height].map((side) => Math.round(side * about.size)).join("\u00a0×\u00a0");
-  $("origin").textContent = `${title(detection)} is from map ${number + 1} of ${about.maps.length} `
+  $("origin").textContent = `${title(detection)} is from feature map ${number + 1} of ${about.maps.length} `
     + `(${cells} × ${cells} cells), row ${row + 1}, column ${column + 1}, default box ${shape + 1} of ${shapes}: `
     + `${pixels} of the network’s ${about.size} × ${about.size} pixels (dashed), which it moved and stretched.`;
 }
