@@ -126,7 +126,7 @@ def test_commands_run_one_after_the_other(tmp_path):
     for command in COMMANDS:
         words = shlex.split(command.replace("/coco", "my_data"))
         camera = words[-2:] == ["--input", "0"]
-        published = {"ssd_resnet50.pth", "mb2-ssd-lite-mp-0_686.pth", "nvidia_ssdpyt_amp_200703.pth"} & set(words)
+        published = {"ssd_resnet50.pth", "mb2-ssd-lite-mp-0_686.pth", "nvidia_ssdpyt_amp_200703.pt"} & set(words)
         if words[0] in ELSEWHERE or camera or published:
             why = "a camera" if camera else "published weights" if published else ELSEWHERE[words[0]]
             print(f"NOT RUN  {command}  ({why})")
