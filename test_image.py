@@ -99,7 +99,7 @@ def output_files(inputs, files, output):
         outputs = [Path(output) / name.with_name(f"{name.stem}_prediction.jpg") for _, name in files]
     for file in outputs:
         if file.suffix.lower() not in IMAGE_TYPES:
-            raise UserError(f"--output {file}: unknown image type; end it in .jpg or .png")
+            raise UserError(f"--output {file}: unknown image type; end it in .jpg or .png, a folder in /")
     sources = {}
     for (file, _), output in zip(files, outputs, strict=True):
         other = sources.setdefault(output, file)
@@ -109,8 +109,8 @@ def output_files(inputs, files, output):
 
 
 def is_folder(path):
-    """True for a folder, or what is meant as one by the slash at its end."""
-    return os.path.isdir(path) or path.endswith(("/", os.sep))
+    """True for a folder, and for what is meant as one: a name with a slash at its end, or without a dot."""
+    return os.path.isdir(path) or path.endswith(("/", os.sep)) or not Path(path).suffix
 
 
 def main():

@@ -192,6 +192,8 @@ def test_image_script(shapes, tmp_path, monkeypatch):
     assert sum(len(entry["detections"]) for entry in images) > 5
     assert run_here(monkeypatch, "test_image.py", "--input", files[0], "--output", tmp_path / "one.png", *model) == 0
     assert read_image(tmp_path / "one.png").shape == read_image(files[0]).shape
+    assert run_here(monkeypatch, "test_image.py", "--input", files[0], "--output", tmp_path / "new", *model) == 0
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [f"{files[0].stem}_prediction.jpg"]
 
 
 def test_image_script_names_its_output_itself(shapes, tmp_path, monkeypatch):
