@@ -188,15 +188,16 @@ def test_a_folder_in_use_ends_every_process_and_one_says_why(two):
 SECONDS = 12  # what a process waits here at most
 
 
-def wait_in_vain(rank, port, imported, how, lost, folder):
+def wait_in_vain(rank, port, together, how, lost, folder):
     """A process waits for `lost`, which has gone or does not come; note what it says, and after how long."""
     join(rank, 2, port)
     distributed.TIMEOUT = timedelta(seconds=SECONDS)
     open_store, sleep = distributed.open_store, time.sleep
     distributed.open_store = lambda timeout: open_store(min(timeout, distributed.TIMEOUT / 2))
     distributed.time = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 10))
-    imported.wait()  # so that they meet in time on a busy machine
+    together.wait()  # on a busy machine one has imported torch long before the other
     distributed.set_up()
+    together.wait()  # or one has gone, with the store, before the other has found it
     if rank == lost:
         time.sleep(60 if how in ("barrier", "all_reduce") else 0)
         os._exit(0)
