@@ -48,41 +48,41 @@ def parse_args():
 
 
 def find_images(inputs):
-    """Files of all inputs, each with its path within an output folder; and what was passed over, in words."""
+    """Files of all inputs, each with its path within an output folder; and what was skipped, in words."""
     files = []
-    passed = Counter()
+    skipped = Counter()
     for path in map(Path, inputs):
         if os.path.isdir(path):
-            found = sorted(search(path, passed))
+            found = sorted(search(path, skipped))
             files += [(file, file.relative_to(path)) for file in found]
         elif os.path.isfile(path) or os.path.islink(path):  # a broken link is reported with the other failures
             files.append((path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
-    passed = ", ".join(f"{count} {what}" for what, count in passed.items() if count)
+    skipped = ", ".join(f"{count} {what}" for what, count in skipped.items() if count)
     if not files:
-        raise UserError(f"--input {' '.join(inputs)}: no images there, but {passed or 'nothing'}; give files by name")
-    return files, passed
+        raise UserError(f"--input {' '.join(inputs)}: no images there, but {skipped or 'nothing'}; give files by name")
+    return files, skipped
 
 
-def search(folder, passed):
-    """Yield the image files in a folder and its sub-folders; count in `passed` what else is there."""
+def search(folder, skipped):
+    """Yield the image files in a folder and its sub-folders; count in `skipped` what else is there."""
 
     def unread(error):
-        passed[f"folders that cannot be read ({error.strerror})"] += 1
+        skipped[f"folders that cannot be read ({error.strerror})"] += 1
 
     for root, folders, names in os.walk(folder, onerror=unread):
-        passed["links to folders"] += sum(os.path.islink(os.path.join(root, name)) for name in folders)
+        skipped["links to folders"] += sum(os.path.islink(os.path.join(root, name)) for name in folders)
         for name in names:
             file = Path(root, name)
             if name.startswith("._"):  # what macOS adds to a file on other file systems
-                passed["companions of macOS (._*)"] += 1
+                skipped["companions of macOS (._*)"] += 1
             elif file.suffix.lower() not in IMAGE_TYPES:
-                passed[f"of type {file.suffix.lower() or 'unknown'}"] += 1
+                skipped[f"of type {file.suffix.lower() or 'unknown'}"] += 1
             elif file.stem.endswith("_prediction"):  # we may have written into this folder before
-                passed["named *_prediction"] += 1
+                skipped["named *_prediction"] += 1
             elif os.path.exists(file) and not os.path.isfile(file):
-                passed["pipes or devices"] += 1
+                skipped["pipes or devices"] += 1
             else:
                 yield file
 
@@ -116,7 +116,7 @@ def is_folder(path):
 def main():
     """Read, detect, draw, write."""
     args = parse_args()
-    files, passed = find_images(args.input)
+    files, skipped = find_images(args.input)
     outputs = output_files(args.input, files, args.output)
     files = [file for file, _ in files]
     written = [("--output", path) for path in outputs]
@@ -125,8 +125,8 @@ def main():
     usage.prepare_outputs(written, [*files, args.pretrained_model])
     detector = Detector.load(args.pretrained_model, args.device, args.amp)
     print(f"{args.pretrained_model}: {detector.origin}")
-    if passed:
-        print(f"passed over: {passed}")
+    if skipped:
+        print(f"skipped: {skipped}")
     records = []
     failed = []
     for file, output in zip(files, outputs, strict=True):

@@ -46,9 +46,8 @@ class Detector:
         """
         state = load_checkpoint(path)
         network = network_from(state, path)
-        detector = cls(network, state["model"], state["classes"], state["category_ids"], device, amp, state["origin"])
-        detector.origin += amp_note(detector.device, amp)
-        return detector
+        origin = state["origin"] + amp_note(choose_device(device), amp)
+        return cls(network, state["model"], state["classes"], state["category_ids"], device, amp, origin)
 
     def __call__(self, images, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD):
         """Detect in a list of (H, W, 3) uint8 RGB images of any sizes.

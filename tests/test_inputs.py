@@ -147,7 +147,7 @@ def test_tiles_find_what_is_small_in_a_large_image(script, tmp_path):
 # Folders
 
 
-def test_a_folder_is_searched_and_what_is_passed_over_counted(script, tmp_path):
+def test_a_folder_is_searched_and_what_is_skipped_counted(script, tmp_path):
     folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     taken = ["a.jfif", "b.avif", "c.ppm", "d.jp2", "e.JPE", "sub/f.dib", ".hidden.png"]
     for name in taken:
@@ -164,7 +164,7 @@ def test_a_folder_is_searched_and_what_is_passed_over_counted(script, tmp_path):
     assert status == 0
     files = [str(Path(one["file"]).relative_to(folder)) for one in json.loads(found.read_text())["images"]]
     assert sorted(files) == sorted(taken)
-    (line,) = (line for line in said.splitlines() if line.startswith("passed over: "))
+    (line,) = (line for line in said.splitlines() if line.startswith("skipped: "))
     for count in (
         "2 links to folders",
         "2 of type .heic",
@@ -180,7 +180,7 @@ def test_a_folder_that_may_not_be_read_is_counted(script, unprivileged):
     photo(unprivileged / "a.png")
     photo(unprivileged / "closed" / "b.png").parent.chmod(0)
     status, said, _ = script("test_image.py", "--input", unprivileged, "--output", unprivileged / "out")
-    assert status == 0 and "passed over: 1 folders that cannot be read (Permission denied)" in said
+    assert status == 0 and "skipped: 1 folders that cannot be read (Permission denied)" in said
 
 
 def test_a_folder_without_images_says_what_it_holds(script, tmp_path):

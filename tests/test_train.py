@@ -196,11 +196,11 @@ def spied_main(rank, world_size, port, options, maps, file):
     torch.set_num_threads(1)
     seen, results = [], iter(maps)
 
-    def train_steps(run, model, loader, _, learning_rate, amp):
-        for buffer in model.buffers():  # as if this process had seen images of its own
+    def train_steps(run, network, loader, _, learning_rate, amp):
+        for buffer in network.buffers():  # as if this process had seen images of its own
             buffer.fill_(distributed.rank() + 1)
         ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
-        seen.append({"ids": ids, "ddp": isinstance(model, DistributedDataParallel)})
+        seen.append({"ids": ids, "ddp": isinstance(network, DistributedDataParallel)})
         seen[-1] |= {"amp": amp, "lr": learning_rate(1, 0), "epoch": run.epoch, "first": run.samples_seen}
         seen[-1]["lr_at_the_end"] = learning_rate(0, len(loader) - 1)
         seen[-1] |= {"zoom_out": loader.dataset.zoom_out, "best_ap": run.best_ap}
