@@ -1,4 +1,4 @@
-# make demo   train SSDLite on the sample data set and draw what it finds (about six minutes on two CPU cores)
+# make demo   train SSDLite on the sample data set and draw what it finds (README: how long it takes)
 # make test   ruff and pytest, on two cores (WORKERS=8: on eight)
 # make web    write demo/web/dist, the page that detects in a browser (CHECKPOINT=FILE: with another detector)
 # make figures  train longer and make what is shown in demo/, but tensorboard.png (AMP=--amp: half precision, if the CPU can)
@@ -23,7 +23,7 @@ demo: .venv/installed
 	  --save-folder $(RUN) --log-path $(RUN)/tensorboard
 	$(PYTHON) test_dataset.py --data-path demo/shapes --pretrained-model $(RUN)/ssdlite_best.pth \
 	  --num-workers 2 --output demo/predictions
-	@echo "The checkpoint is $(RUN)/ssdlite_best.pth; look at the pictures in demo/predictions,"
+	@echo "The checkpoint is $(RUN)/ssdlite_best.pth; look at the images in demo/predictions,"
 	@echo "and at the curves with: .venv/bin/tensorboard --logdir $(RUN)/tensorboard"
 
 figures: .venv/installed-dev

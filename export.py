@@ -98,13 +98,13 @@ class Exported(nn.Module):
 
 
 def export(detector, network_only=False):
-    """Return the ONNX model (onnx.ModelProto) of a Detector on the CPU, in float32; or of its network alone."""
+    """Return the ONNX program (onnx.ModelProto) of a Detector on the CPU, in float32; or of its network alone."""
     network = Exported(detector).eval()
     dtype = torch.float32 if network_only else torch.uint8
     pixels = torch.zeros(1, detector.size, detector.size, 3, dtype=dtype)
     normalize(pixels)  # which keeps its constants: real ones, not the tracer's
     outputs = ["boxes", "scores"] if network_only else ["all_boxes", "all_scores"]
-    program = torch.onnx.export(
+    exported = torch.onnx.export(
         network,
         (pixels,),
         dynamo=True,
@@ -113,9 +113,9 @@ def export(detector, network_only=False):
         input_names=["pixels"],
         output_names=outputs,
     )
-    model = program.model_proto
-    model.ir_version = IR_VERSION
-    for node in model.graph.node:
+    program = exported.model_proto
+    program.ir_version = IR_VERSION
+    for node in program.graph.node:
         node.ClearField("metadata_props")  # paths and lines of the source on this machine
     if not network_only:
         before, after = BEFORE, AFTER
@@ -123,17 +123,16 @@ def export(detector, network_only=False):
         for name, value in values.items():
             before, after = (text.replace(name, str(value)) for text in (before, after))
         before, after = (onnx.parser.parse_model(HEADER + text) for text in (before, after))
-        model = onnx.compose.merge_models(before, model, [("pixels", "pixels")])
-        model = onnx.compose.merge_models(model, after, [(name, name) for name in (*outputs, "shape")])
-        del model.opset_import[1:]  # merging repeats it
+        program = onnx.compose.merge_models(before, program, [("pixels", "pixels")])
+        program = onnx.compose.merge_models(program, after, [(name, name) for name in (*outputs, "shape")])
+        del program.opset_import[1:]  # merging repeats it
     about = {"model": detector.name, "classes": json.dumps(detector.classes)}
-    onnx.helper.set_model_props(model, about)
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    onnx.helper.set_model_props(program, about)
+    onnx.checker.check_model(program, full_check=True)
+    return program
 
 
 def main():
-    """Load, export, write."""
     parser = usage.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
@@ -143,8 +142,7 @@ def main():
     usage.prepare_outputs([("--output", args.output)], [args.pretrained_model])
     detector = Detector.load(args.pretrained_model, device="cpu")
     print(f"{args.pretrained_model}: {detector.origin}")
-    model = export(detector, args.network_only)
-    onnx.save(model, args.output)
+    onnx.save(export(detector, args.network_only), args.output)
     print(f"{detector.name}, {len(detector.classes) - 1} classes -> {args.output}")
 
 

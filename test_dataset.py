@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from src import usage
 from src.annotations import load_ground_truth
-from src.boxes import NMS_THRESHOLD, SCORE_THRESHOLD
+from src.boxes import SCORE_THRESHOLD
 from src.dataset import CocoDataset, check_categories
-from src.detector import Detector
+from src.detector import DATASET_THRESHOLD, Detector, above, add_options
 from src.engine import class_table, coco_results, compute_metrics, metrics_table
 from src.images import save_image
 from src.usage import UserError
@@ -22,19 +22,13 @@ from src.visualize import draw_detections
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
-    share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--data-path", default="/coco", help="folder with annotations/ and the images' folders")
     add("--val-set", default="val2017", help="folder of the images")
-    add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
-    add("--cls-threshold", type=share, default=0.5, help="lowest score to draw; no effect on mAP")
-    add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
+    add_options(parser, DATASET_THRESHOLD, "lowest score to draw; no effect on mAP")
     add("--batch-size", type=usage.number(int, 1), default=32, help="images in memory and per forward pass")
     add("--num-workers", type=usage.number(int, 0), default=4, help="threads that read and draw images")
-    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
-    add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
     add("--output", default="predictions", help="folder for images, detections and metrics")
     return parser.parse_args()
 
@@ -56,8 +50,8 @@ def main():
     usage.prepare_outputs([("--output", output / name) for name in names], inputs)
     ground_truth = load_ground_truth(dataset.annotation_file)
     detections = {}
-    failed = []
-    draw = partial(draw_to, output, detector.classes, args.cls_threshold, failed)
+    errors = []  # of drawing: first the other images, and the metrics
+    draw = partial(draw_to, output, detector.classes, args.cls_threshold)
     with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
         for first in tqdm(range(0, len(dataset), args.batch_size), "detect", leave=False):
             indices = range(first, min(first + args.batch_size, len(dataset)))
@@ -65,7 +59,7 @@ def main():
             found = detector(images, SCORE_THRESHOLD, args.nms_threshold)
             image_ids = dataset.image_ids[indices].tolist()
             detections.update(zip(image_ids, found, strict=True))
-            list(pool.map(draw, image_ids, images, found))
+            errors += filter(None, pool.map(draw, image_ids, images, found))
             del images  # before the next ones are read
     metrics = compute_metrics(ground_truth, detections, detector.category_ids)
     print(metrics_table(metrics))
@@ -73,21 +67,21 @@ def main():
         print(class_table(metrics))
     (output / "detections.json").write_text(json.dumps(coco_results(detections, detector.category_ids)))
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print(f"{len(dataset) - len(failed)} images, detections.json, metrics.json -> {output}")
-    if failed:
-        raise UserError("; ".join(failed))
+    print(f"{len(dataset) - len(errors)} images, detections.json, metrics.json -> {output}")
+    if errors:
+        raise UserError("; ".join(errors))
 
 
-def draw_to(output, classes, threshold, failed, image_id, image, found):
-    """Draw what scores above `threshold` in an image to the folder `output`; list an error in `failed`."""
-    shown = {key: values[found["scores"] > threshold] for key, values in found.items()}
+def draw_to(output, classes, threshold, image_id, image, found):
+    """Draw what scores above `threshold` in an image to the folder `output`; returns an error's text, if any."""
     file = output / f"{image_id}.jpg"
     try:
-        save_image(draw_detections(image, **shown, classes=classes), file, quality=90)
+        save_image(draw_detections(image, **above(threshold, found), classes=classes), file, quality=90)
     except UserError as error:
-        failed.append(str(error))  # the other images first, and the metrics
+        return str(error)
     except OSError as error:  # a full disk
-        failed.append(f"{file}: {error.strerror}; make room and start again")
+        return f"{file}: {error.strerror}; make room and start again"
+    return None
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from src import usage
-from src.boxes import NMS_THRESHOLD
-from src.detector import SHOW_THRESHOLD, Detector, detect_in_tiles, json_entry
+from src.detector import SHOW_THRESHOLD, Detector, add_options, detect_in_tiles, json_entry
 from src.images import read_image, save_image
 from src.usage import UserError
 from src.visualize import draw_detections
@@ -26,9 +25,7 @@ IMAGE_TYPES = set(
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
-    share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="images, and folders of images, with their sub-folders")
     add(
@@ -37,32 +34,28 @@ def parse_args():
         " default: {stem}_prediction.jpg beside it",
     )
     add("--json", help="also write the detections to this file")
-    add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
-    add("--cls-threshold", type=share, default=SHOW_THRESHOLD, help="lowest score to show")
-    add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
     tile = "also detect in overlapping tiles, so many pixels wide and high: for small objects in large images"
     add("--tile", type=usage.number(int, 32), metavar="PIXELS", help=tile)
-    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
-    add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
+    add_options(parser, SHOW_THRESHOLD)
     return parser.parse_args()
 
 
 def find_images(inputs):
-    """Files of all inputs, each with its path within an output folder; and what was skipped, in words."""
-    files = []
+    """Files of all inputs, each once, with its path within an output folder; and what was skipped, in words."""
+    files = {}  # by absolute path
     skipped = Counter()
     for path in map(Path, inputs):
         if os.path.isdir(path):
-            found = sorted(search(path, skipped))
-            files += [(file, file.relative_to(path)) for file in found]
+            for file in sorted(search(path, skipped)):
+                files.setdefault(os.path.abspath(file), (file, file.relative_to(path)))
         elif os.path.isfile(path) or os.path.islink(path):  # a broken link is reported with the other failures
-            files.append((path, Path(path.name)))
+            files.setdefault(os.path.abspath(path), (path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
     skipped = ", ".join(f"{count} {what}" for what, count in skipped.items() if count)
     if not files:
         raise UserError(f"--input {' '.join(inputs)}: no images there, but {skipped or 'nothing'}; give files by name")
-    return files, skipped
+    return list(files.values()), skipped
 
 
 def search(folder, skipped):
@@ -114,7 +107,6 @@ def is_folder(path):
 
 
 def main():
-    """Read, detect, draw, write."""
     args = parse_args()
     files, skipped = find_images(args.input)
     outputs = output_files(args.input, files, args.output)

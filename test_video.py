@@ -9,16 +9,16 @@ import json
 import math
 import os
 import re
+import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import cv2
 from tqdm import tqdm
 
 from src import usage
-from src.boxes import NMS_THRESHOLD
-from src.detector import Detector, json_entry
+from src.detector import VIDEO_THRESHOLD, Detector, add_options, json_entry
 from src.usage import UserError
 from src.visualize import draw_detections
 
@@ -30,18 +30,12 @@ CODECS = {
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
-    share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--input", required=True, help="video file, pipe, address, images as img_%%03d.jpg, or number of a camera")
     add("--output", help="video to write, without sound; default: {stem}_prediction.mp4 beside the input")
-    add("--json", help="also write the detections to this file, a frame a line")
-    add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
-    add("--cls-threshold", type=share, default=0.35, help="lowest score to show")
-    add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
-    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
-    add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
+    add("--json", help="also write the detections to this file, one line per frame")
+    add_options(parser, VIDEO_THRESHOLD)
     return parser.parse_args()
 
 
@@ -138,6 +132,7 @@ def differences(video, frame):
 def main():
     """Read, detect, draw, write, frame by frame; no frame is kept longer than that."""
     args = parse_args()
+    usage.handle_signals(signal.SIG_DFL, [signal.SIGINT])  # Python's would wait until a camera or pipe sends something
     # Our error lines replace OpenCV's and FFmpeg's messages.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -168,22 +163,25 @@ def main():
     number = 0  # of frames done
     ok = True  # while there are frames
     start = time.perf_counter()
-    with ThreadPoolExecutor(2) as pool:  # reads the next frame and writes the last meanwhile
-        writing = pool.submit(lambda: None)
-        while ok and not stopped:
-            reading = pool.submit(video.read)
-            image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            found = detector([image], args.cls_threshold, args.nms_threshold)[0]
-            drawn = draw_detections(image, **found, classes=detector.classes)
-            writing.result()
-            writing = pool.submit(writer.write, even(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)))
-            if lines:
-                entry = {"frame": number} | json_entry(image, found, detector.classes)
-                lines.write(json.dumps(entry) + "\n")
-            number += 1
-            bar.update()
-            ok, frame = reading.result()
+    pool = ThreadPoolExecutor(2)  # reads the next frame and writes the last meanwhile
+    reading = writing = pool.submit(lambda: None)
+    while ok and not stopped:
+        reading = pool.submit(video.read)
+        image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        found = detector([image], args.cls_threshold, args.nms_threshold)[0]
+        drawn = draw_detections(image, **found, classes=detector.classes)
         writing.result()
+        writing = pool.submit(writer.write, even(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)))
+        if lines:
+            entry = {"frame": number} | json_entry(image, found, detector.classes)
+            lines.write(json.dumps(entry) + "\n")
+        number += 1
+        bar.update()
+        while not (wait([reading], timeout=0.2).done or stopped):
+            pass  # a camera or a pipe may send nothing for long
+        if reading.done():
+            ok, frame = reading.result()
+    writing.result()
     bar.close()
     writer.release()
     if lines:
@@ -191,7 +189,9 @@ def main():
     notes += f"; {number / (time.perf_counter() - start):.1f} frames per second"
     if number < total and not stopped:
         notes += f" (the file promises {total}: it seems truncated)"
-    print(f"{number} frames -> {output}, {codec}{notes}")
+    print(f"{number} frames -> {output}, {codec}{notes}", flush=True)
+    if not reading.done():
+        os._exit(0)  # Python would wait for the thread that reads, perhaps for ever
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from src.usage import UserError
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
     natural = usage.number(int, 0)
     positive = usage.number(int, 1)
@@ -74,6 +73,8 @@ def parse_args():
         args.backbone_lr_factor = 0.1 if args.freeze else 1.0
     if args.multistep is None:
         args.multistep = sorted({round(args.epochs * share / 65) for share in (43, 54)})
+    if args.amp and args.device == "mps":
+        parser.error("--amp: would lose small gradients on mps, where nothing scales the loss: leave it out")
     if args.freeze and args.no_pretrained_backbone and not args.pretrained_model:
         parser.error("--freeze would keep random weights: leave out --no-pretrained-backbone")
     del args.local_rank
@@ -88,23 +89,15 @@ def main():
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     print_rank0(f"running on {distributed.devices(device)}" + distributed.amp_note(device, args.amp))
+    latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
+    resuming = latest.exists()  # else a run starts
 
-    # Data
-    train_set, val_set = open_sets(args)
+    # Data: CocoDataset turns category ids into labels (to_labels in src/classes.py), `evaluate` turns them back
+    train_set, val_set = open_sets(args, resuming)
+    prepare_folders(args, (latest, best), resuming)
     sampler = TrainSampler(len(train_set), args.batch_size, distributed.rank(), distributed.world_size(), args.seed)
     per_step = args.batch_size * distributed.world_size()
     iterations = len(sampler)  # in a whole epoch
-    latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
-    usage.make_folder("--save-folder", args.save_folder)
-    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
-    stopping.lock_folder(latest)  # no other run may use it
-    resuming = latest.exists()  # by run.resume, below
-    if args.pretrained_model and not resuming:
-        usage.prepare_outputs([("--save-folder", file) for file in (latest, best)], [args.pretrained_model])
-    for name, data in (("training", train_set), ("validation", val_set)):
-        if not resuming:  # a resumed run finds broken files as it loads them
-            data.check_files(name)
-        print_rank0(data.describe(name, train_set.encoder))
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     ground_truth = load_ground_truth(val_set.annotation_file)
 
@@ -119,17 +112,23 @@ def main():
     schedule = partial(learning_rate, args, iterations, distributed.world_size())  # of (epoch, iteration)
     print_rank0(describe_schedule(args, iterations, schedule))
 
-    # Resume, then train and evaluate
+    # Resume
     options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
     run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
+    stoppable = stopping.Stoppable(run, latest)  # from here on no other run may write to this file
     run.resume(latest)
+
+    # Train and evaluate
     ddp_network = distributed.maybe_ddp(network)
     log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
-    with stopping.Stoppable(run, latest) as stoppable:
+    with stoppable:
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
             # A generator: each turn of the loop trains one step and adds to run.samples_seen; every tenth has a report.
-            for iteration, report in train_steps(run, ddp_network, train_loader, criterion, schedule, args.amp):
+            steps = train_steps(
+                run, train_loader, network=ddp_network, criterion=criterion, learning_rate=schedule, amp=args.amp
+            )
+            for iteration, report in steps:
                 if report:
                     write(log, "Train", report, epoch * iterations + iteration)
                 if args.save_every and (iteration + 1) % args.save_every == 0:
@@ -139,9 +138,9 @@ def main():
             run.save(latest)  # trained but not evaluated: a run that is stopped below repeats only the evaluation
             with stoppable.evaluation():
                 detector = Detector(network, args.model, run.classes, run.category_ids, device, args.amp)
-                metrics, _ = evaluate(detector, val_loader, ground_truth, args.nms_threshold)
+                metrics, detections = evaluate(detector, val_loader, ground_truth, args.nms_threshold)
             print_rank0(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
-            write_evaluation(log, metrics, detector, val_set, (epoch + 1) * iterations)
+            write_evaluation(log, metrics, detections, val_set, run, (epoch + 1) * iterations)
             append_line(Path(args.save_folder) / "metrics.jsonl", {"model": args.model, "epoch": epoch + 1} | metrics)
             run.epoch, run.samples_seen = epoch + 1, 0
             if metrics["AP"] >= run.best_ap:
@@ -153,7 +152,7 @@ def main():
     distributed.tear_down()
 
 
-def open_sets(args):
+def open_sets(args, resuming):
     """The training and the validation set; UserError if they do not agree, or hold nothing to learn."""
     encoder = Encoder(make_default_boxes(args.model))
     size = DEFAULT_BOXES[args.model].input_size
@@ -162,9 +161,20 @@ def open_sets(args):
     check_categories(val_set, train_set.category_ids, train_set.classes, train_set.annotation_file)
     if not len(train_set.boxes):
         raise UserError(f"{train_set.describe(train_set.annotation_file)}: no box to learn from; annotate some")
-    for data in (train_set, val_set):
+    for name, data in (("training", train_set), ("validation", val_set)):
         data.check_folder()
+        if not resuming:  # a resumed run finds broken files as it loads them
+            data.check_files(name)
+        print_rank0(data.describe(name, encoder))
     return train_set, val_set
+
+
+def prepare_folders(args, checkpoints, resuming):
+    """Make the folders that the run writes to; UserError if its checkpoints would replace the one it starts from."""
+    usage.make_folder("--save-folder", args.save_folder)
+    usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
+    if args.pretrained_model and not resuming:
+        usage.prepare_outputs([("--save-folder", file) for file in checkpoints], [args.pretrained_model])
 
 
 def make_loaders(args, train_set, val_set, sampler, device):

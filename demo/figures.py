@@ -18,7 +18,7 @@ from torch import nn
 
 from src import usage
 from src.annotations import load_ground_truth
-from src.boxes import DEFAULT_BOXES, Encoder, box_cxcywh_to_xyxy, make_default_boxes, pairwise_iou
+from src.boxes import DEFAULT_BOXES, NMS_THRESHOLD, Encoder, box_cxcywh_to_xyxy, make_default_boxes, pairwise_iou
 from src.dataset import CocoDataset
 from src.detector import Detector
 from src.engine import evaluate, run_coco_eval
@@ -52,7 +52,6 @@ HEADS = {"ssd": "3 x 3 convolutions", "ssdlite": "depthwise 3 x 3, then 1 x 1 co
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data-path", default="demo/shapes", help="folder in COCO layout")
@@ -143,7 +142,7 @@ def class_colors(labels):
     return [tuple(channel / 255 for channel in class_color(int(label))) for label in labels]
 
 
-def detect(detector, image, nms_threshold=0.5):
+def detect(detector, image, nms_threshold=NMS_THRESHOLD):
     """What is found in an image: boxes (K, 4) in [0, 1], labels and scores (K,)."""
     found = detector([image], SCORE, nms_threshold)[0]
     return found["boxes"] / torch.tensor(image.shape[1::-1]).repeat(2), found["labels"], found["scores"]
@@ -153,11 +152,13 @@ def compare(boxes, labels, found_boxes, found_labels):
     """Which objects are found (G,), which detections are right (K,): same class, IoU above 0.5, once each."""
     iou = pairwise_iou(torch.from_numpy(boxes), found_boxes).numpy()
     iou[labels[:, None] != found_labels.numpy()] = 0
-    found, right = np.zeros(len(boxes), bool), np.zeros(len(found_boxes), bool)
+    found = np.zeros(len(boxes), bool)
+    right = np.zeros(len(found_boxes), bool)
     for k in range(len(found_boxes) if len(boxes) else 0):  # scores descend
         g = iou[:, k].argmax()
         if iou[g, k] > 0.5:
-            found[g], right[k], iou[g] = True, True, 0
+            found[g] = right[k] = True
+            iou[g] = 0
     return found, right
 
 
@@ -177,8 +178,9 @@ def pick_right(data, rng, detector, fewest, most):
 
 def network(name, num_classes, image):
     """From an image to detections: layers, maps, heads and numbers of boxes."""
-    constants, model = DEFAULT_BOXES[name], build_model(name, num_classes, pretrained_backbone=False)
-    channels = [next(m for m in head.modules() if isinstance(m, nn.Conv2d)).in_channels for head in model.loc]
+    constants = DEFAULT_BOXES[name]
+    untrained = build_model(name, num_classes, pretrained_backbone=False)
+    channels = [next(m for m in head.modules() if isinstance(m, nn.Conv2d)).in_channels for head in untrained.loc]
     counts = [cells**2 * boxes for cells, boxes in zip(constants.feature_maps, constants.per_cell, strict=True)]
     figure = plt.figure(figsize=(WIDTH, 4.5))
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, 4.5))  # in inches
@@ -206,7 +208,7 @@ def network(name, num_classes, image):
         side = 0.74 * (cells / constants.feature_maps[0]) ** 0.5
         left, bottom = x - side / 2, 3.65 - side / 2
         for shift in (0.08, 0.04, 0):  # channels, one behind the other
-            fill = "#ffe8cc" if k >= len(constants.feature_maps) - len(model.additional_blocks) else "#d0ebff"
+            fill = "#ffe8cc" if k >= len(constants.feature_maps) - len(untrained.additional_blocks) else "#d0ebff"
             ax.add_patch(Rectangle((left + shift, bottom + shift), side, side, fc=fill, ec=INK, lw=0.8))
         inner = np.linspace(0, side, cells + 1)[1:-1]
         ax.hlines(bottom + inner, left, left + side, color=INK, lw=0.25)
@@ -232,7 +234,8 @@ def network(name, num_classes, image):
 
 def default_boxes(data, rng, name):
     """The default boxes of one cell on each map, on an object of their size."""
-    constants, corners = DEFAULT_BOXES[name], box_cxcywh_to_xyxy(make_default_boxes(name))
+    constants = DEFAULT_BOXES[name]
+    corners = box_cxcywh_to_xyxy(make_default_boxes(name))
     ratios = {"1": 0, "1, larger": 1}  # of boxes in make_default_boxes' order
     for n, ratio in enumerate(max(constants.ratios, key=len)):
         ratios |= {f"{ratio}": 2 + 2 * n, f"1/{ratio}": 3 + 2 * n}
@@ -249,8 +252,8 @@ def default_boxes(data, rng, name):
         iou = pairwise_iou(torch.from_numpy(data.boxes), boxes).numpy()  # (G, per_cell)
         g, best = np.unravel_index(iou.argmax(), iou.shape)
         index = np.searchsorted(data.starts, g, side="right") - 1
-        image, title = resize(data.read(index), constants.input_size), f"{cells} x {cells} cells\n{len(of_map):,} boxes"
-        show(ax, image, title, fade=0.65, but=data.boxes[g])
+        image = resize(data.read(index), constants.input_size)
+        show(ax, image, f"{cells} x {cells} cells\n{len(of_map):,} boxes", fade=0.65, but=data.boxes[g])
         borders = np.arange(0, constants.input_size, stride) / constants.input_size  # the last cell may be cut short
         ax.hlines([*borders, 1], 0, 1, color=INK, lw=0.4, alpha=0.6)
         ax.vlines([*borders, 1], 0, 1, color=INK, lw=0.4, alpha=0.6)
@@ -270,14 +273,16 @@ def default_boxes(data, rng, name):
 
 def matching(data, rng, name):
     """The default boxes that each object of an image is matched to, and one that just is not."""
-    encoder, size = Encoder(make_default_boxes(name)), DEFAULT_BOXES[name].input_size
+    encoder = Encoder(make_default_boxes(name))
+    size = DEFAULT_BOXES[name].input_size
 
     def margin(index):  # of blank around the objects: where it is wide, few boxes reach out of the image
         boxes, _ = data.objects(index)
         return min(boxes[:, :2].min(), 1 - boxes[:, 2:].max())
 
     index = max(pick(data, rng, 100, fewest=6, most=6), key=margin)
-    image, (boxes, labels) = resize(data.read(index), size), data.objects(index)
+    image = resize(data.read(index), size)
+    boxes, labels = data.objects(index)
     boxes = torch.from_numpy(boxes)
     # Each object is a class of its own here, so that the targets say whose a default box is.
     _, owners = encoder.encode(boxes, torch.arange(1, len(boxes) + 1))
@@ -287,15 +292,16 @@ def matching(data, rng, name):
         ax.set_visible(g < len(boxes))
         if g >= len(boxes):
             continue
-        own, best = (owners == g + 1).nonzero().squeeze(1), int(iou[g].argmax())
+        matched = (owners == g + 1).nonzero().squeeze(1)
+        best = int(iou[g].argmax())
         nearly = int(iou[g].where((owners == 0) & (iou[g] < 0.495), 0).argmax())  # not one that rounds to 0.50
-        show(ax, image, f"{data.classes[labels[g]]}: {len(own)} matched\nbest IoU {iou[g, best]:.2f}", fade=0.5)
-        outline(ax, encoder.corners[own], BLUE, 1)
+        show(ax, image, f"{data.classes[labels[g]]}: {len(matched)} matched\nbest IoU {iou[g, best]:.2f}", fade=0.5)
+        outline(ax, encoder.corners[matched], BLUE, 1)
         outline(ax, encoder.corners[nearly], RED, 2, "--", casing=1)
         if owners[best] == g + 1:  # unless a later object has taken it
             outline(ax, encoder.corners[best], ORANGE, 2.6, casing=1)
         mark_objects(ax, boxes[g])
-        seen = torch.cat([encoder.corners[own], encoder.corners[[nearly]], boxes[[g]]])
+        seen = torch.cat([encoder.corners[matched], encoder.corners[[nearly]], boxes[[g]]])
         low, high = seen[:, :2].amin(0), seen[:, 2:].amax(0)
         x, y = ((low + high) / 2).tolist()
         reach = float((high - low).max()) / 2 + 0.02
@@ -319,7 +325,8 @@ def augmentation(data, rng, name):
     """Four patches of one image, and what the network is shown of them."""
     size = DEFAULT_BOXES[name].input_size
     index = pick(data, rng, 1, fewest=4, most=7)[0]
-    image, (boxes, labels) = data.read(index), data.objects(index)
+    image = data.read(index)
+    boxes, labels = data.objects(index)
     figure = plt.figure(figsize=(WIDTH, 4.7), layout="constrained")
     axes = figure.subplot_mosaic("AABC;AADE")
     for ax in axes.values():
@@ -338,10 +345,11 @@ def augmentation(data, rng, name):
         whole = (patch[0, 2:] - patch[0, :2]).prod() > 0.6
         if whole or (pairwise_iou(patch, patches) > 0.4).any() or mirrored != len(patches) % 2:
             continue
-        color, ax = COLORS[len(patches)], results[len(patches)]
+        color = COLORS[len(patches)]
+        ax = results[len(patches)]
         patches = torch.cat([patches, patch])
         outline(original, patch, color, 3, casing=1.5)
-        show(ax, drawn, f"{len(kept)} of {len(boxes)}" + ", mirrored" * mirrored)
+        show(ax, drawn, f"{len(kept)} of {len(boxes)}" + (", mirrored" if mirrored else ""))
         outline(ax, kept, "white", 1)
         ax.spines[:].set(color=color, linewidth=3)
         if len(patches) == len(results):
@@ -349,14 +357,15 @@ def augmentation(data, rng, name):
     return figure
 
 
-def hard_negatives(data, rng, name, model):
+def hard_negatives(data, rng, name, network):
     """The background boxes that count in the loss: three for each matched one."""
-    encoder, size = Encoder(make_default_boxes(name)), DEFAULT_BOXES[name].input_size
+    encoder = Encoder(make_default_boxes(name))
     index = pick(data, rng, 1, fewest=1, most=2)[0]
-    image, (boxes, labels) = resize(data.read(index), size), map(torch.from_numpy, data.objects(index))
+    image = resize(data.read(index), DEFAULT_BOXES[name].input_size)
+    boxes, labels = map(torch.from_numpy, data.objects(index))
     loc_targets, cls_targets = encoder.encode(boxes, labels)
     with torch.no_grad():
-        loc, cls_logits = model.eval()(normalize(torch.from_numpy(image)[None]))
+        loc, cls_logits = network.eval()(normalize(torch.from_numpy(image)[None]))
     # The loss itself says which boxes it counts: those that its gradient reaches.
     cls_logits.requires_grad_()
     _, cls_loss = MultiBoxLoss()(loc, cls_logits, loc_targets[None], cls_targets[None])
@@ -396,7 +405,8 @@ def hero(data, rng, detector):
     """An image, the default boxes of one map, the boxes that the network makes of them, detections."""
     index = pick_right(data, rng, detector, fewest=5, most=6)
     image = data.read(index)
-    constants, corners = DEFAULT_BOXES[detector.name], box_cxcywh_to_xyxy(make_default_boxes(detector.name))
+    constants = DEFAULT_BOXES[detector.name]
+    corners = box_cxcywh_to_xyxy(make_default_boxes(detector.name))
     counts = [cells**2 * per_cell for cells, per_cell in zip(constants.feature_maps, constants.per_cell, strict=True)]
     figure, axes = panels(1, 4, 2.45)
     raw, raw_labels, _ = detect(detector, image, nms_threshold=1.0)
@@ -450,10 +460,11 @@ def before_and_after_nms(data, rng, detector):
 def precision_recall(data, detector):
     """Precision over recall at IoU 0.5: AP of one class, and all classes; pycocotools' own curves."""
     loader = torch.utils.data.DataLoader(data, batch_size=8)
-    truth = load_ground_truth(data.annotation_file)
-    _, detections = evaluate(detector, loader, truth)
-    coco_eval = run_coco_eval(truth, detections, detector.category_ids)
-    recall, (t,) = coco_eval.params.recThrs, np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))
+    ground_truth = load_ground_truth(data.annotation_file)
+    _, detections = evaluate(detector, loader, ground_truth)
+    coco_eval = run_coco_eval(ground_truth, detections, detector.category_ids)
+    recall = coco_eval.params.recThrs
+    (t,) = np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))
     curves = coco_eval.eval["precision"][t, :, :, 0, -1]  # recall, class; all sizes, 100 boxes
     present = np.flatnonzero((curves > -1).all(axis=0))
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained", sharey=True)
@@ -464,11 +475,11 @@ def precision_recall(data, detector):
     axes[0].set_ylabel("precision")
     axes[1].set_title("all classes")
     if len(present):
-        one = present[curves[:, present].mean(axis=0).argsort()[len(present) // 2]]
-        axes[0].set_title(f"one class: {data.classes[one + 1]}")
-        axes[0].fill_between(recall, curves[:, one], color=BLUE, alpha=0.25, lw=0)
-        axes[0].plot(recall, curves[:, one], color=BLUE, lw=2.5)
-        axes[0].text(0.45, 0.45, f"AP = this area\n= {curves[:, one].mean():.2f}", ha="center", fontsize=16)
+        median = present[curves[:, present].mean(axis=0).argsort()[len(present) // 2]]
+        axes[0].set_title(f"one class: {data.classes[median + 1]}")
+        axes[0].fill_between(recall, curves[:, median], color=BLUE, alpha=0.25, lw=0)
+        axes[0].plot(recall, curves[:, median], color=BLUE, lw=2.5)
+        axes[0].text(0.45, 0.45, f"AP = this area\n= {curves[:, median].mean():.2f}", ha="center", fontsize=16)
         for k in present if len(present) <= 10 else []:  # else their mean alone is legible
             label = f"{data.classes[k + 1]} {curves[:, k].mean():.2f}"
             axes[1].plot(recall, curves[:, k], color=class_colors([k + 1])[0], lw=2, label=label)
@@ -486,11 +497,13 @@ def predictions(data, rng, detector):
     figure, axes = panels(2, 3, 6.4)
     totals = np.zeros(3, int)  # objects, found, false boxes
     for ax, index in zip(axes, chosen, strict=False):
-        image, objects = data.read(index), data.objects(index)
+        image = data.read(index)
+        objects = data.objects(index)
         boxes, labels, scores = detect(detector, image)
         found, right = compare(*objects, boxes, labels)
-        totals += len(found), found.sum(), (~right).sum()
-        show(ax, image, f"{found.sum()} of {len(found)} found" + f", {(~right).sum()} false" * (not right.all()))
+        false = (~right).sum()
+        totals += len(found), found.sum(), false
+        show(ax, image, f"{found.sum()} of {len(found)} found" + (f", {false} false" if false else ""))
         ax.set_aspect(1 / np.median(ratio))
         mark_objects(ax, objects[0])
         for box, color in zip(boxes, class_colors(labels), strict=True):
@@ -507,7 +520,6 @@ def predictions(data, rng, detector):
 
 
 def main():
-    """Draw them one by one."""
     args = parse_args()
     plt.switch_backend("Agg")
     plt.rcParams.update(STYLE)
@@ -544,13 +556,13 @@ def main():
         return np.random.default_rng(args.seed)
 
     torch.manual_seed(args.seed)
-    model = detector.network if detector else build_model(name, len(train_set.classes), False)
+    trained = detector.network if detector else build_model(name, len(train_set.classes), False)
     image = train_set.read(pick(train_set, rng(), 1, fewest=3, most=6)[0])
     for each in DEFAULT_BOXES:
         draw(network, each, len(train_set.classes), image, file=f"network_{each}.png")
     for function in (default_boxes, matching, augmentation):
         draw(function, train_set, rng(), name)
-    draw(hard_negatives, train_set, rng(), name, model)
+    draw(hard_negatives, train_set, rng(), name, trained)
     if detector:
         val_set = CocoDataset(args.data_path, args.val_set)
         for function in (hero, before_and_after_nms, predictions):

@@ -39,7 +39,6 @@ def row(detector, photos):
 
 
 def main():
-    """Draw each photograph, and the strip."""
     parser = usage.ArgumentParser(description=__doc__)
     parser.add_argument("--pretrained-model", default="demo/ssdlite_voc.pth", help="checkpoint")
     detector = Detector.load(parser.parse_args().pretrained_model, "cpu")

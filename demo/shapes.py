@@ -62,14 +62,16 @@ def place_shape(rng, name, size, x, y):
 
 def draw_item(rng, width, height, crowd):
     """Random Item: a shape of 10-70 % of the shorter side, or a crowd."""
-    category, side = int(rng.choice(list(CATEGORIES))), min(width, height)
+    category = int(rng.choice(list(CATEGORIES)))
+    side = min(width, height)
     name = CATEGORIES[category]
     if not crowd:
         size = 0.1 * 7 ** (rng.random() ** 0.22) * side
         x, y = rng.uniform(0.35 * size, (width - 0.35 * size, height - 0.35 * size))
         part = place_shape(rng, name, size, x, y)
         return Item(category, [part], part)
-    spread, parts = rng.uniform(0.12, 0.2) * side, []
+    spread = rng.uniform(0.12, 0.2) * side
+    parts = []
     x, y = rng.uniform(spread, (width - spread, height - spread))
     for _ in range(rng.integers(18, 36)):
         r, a = spread * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
@@ -87,7 +89,8 @@ def layout(rng, kind="objects"):
     side = int(rng.integers(240, 481))
     other = side if rng.random() < 0.2 else min(int(side * rng.uniform(1, 1.6)), 640)
     width, height = (side, other) if rng.random() < 0.4 else (other, side)
-    frame, items, visible = shapely.box(0, 0, width, height), [], []
+    frame = shapely.box(0, 0, width, height)
+    items, visible = [], []
     for n in range(0 if kind == "empty" else 1 + int(12 * rng.random())):
         for _ in range(8):
             new = draw_item(rng, width, height, crowd=kind == "crowd" and n == 0)
@@ -129,7 +132,8 @@ def annotate(item, visible, width, height):
         counts = np.diff(flips, prepend=0, append=mask.size).tolist()
         segmentation = {"counts": counts, "size": [height, width]}
         rle = coco_mask.frPyObjects(segmentation, height, width)
-        area, box = int(coco_mask.area(rle)), coco_mask.toBbox(rle).tolist()
+        area = int(coco_mask.area(rle))
+        box = coco_mask.toBbox(rle).tolist()
     else:  # rounded first, so that area and box belong to the very numbers in the file
         rings = [np.array(piece.exterior.coords)[:-1].round(2) for piece in pieces(visible)]
         segmentation = [ring.ravel().tolist() for ring in rings]
@@ -148,7 +152,8 @@ def texture(rng, height, width):
     if kind == 1:
         grids = [rng.uniform(-0.6, 0.6, (n, n)).astype(np.float32) for n in (5, 16, 60)]
         return sum(cv2.resize(g, (width, height), interpolation=cv2.INTER_CUBIC) for g in grids)
-    turn, pace = rng.uniform(0, np.pi), 2 * np.pi / rng.uniform(8, 40)  # period in pixels
+    turn = rng.uniform(0, np.pi)
+    pace = 2 * np.pi / rng.uniform(8, 40)  # period in pixels
     c, s = np.float32(pace * np.cos(turn)), np.float32(pace * np.sin(turn))
     y, x = np.mgrid[:height, :width].astype(np.float32)
     stripes = np.sin(c * x + s * y)
@@ -159,7 +164,8 @@ def surface(rng, height, width, color, strength):
     """A color (3,) with gradient and texture of up to `strength` levels: (H, W, 3) float32."""
     x = np.linspace(-1, 1, width, dtype=np.float32)
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    grain, slopes = texture(rng, height, width), rng.uniform(-strength, strength, (3, 3))
+    grain = texture(rng, height, width)
+    slopes = rng.uniform(-strength, strength, (3, 3))
     planes = zip(np.float32(color), np.float32(slopes), strict=True)
     return cv2.merge([grain * g + (x * a + (y * b + level)) for level, (a, b, g) in planes])
 
@@ -167,9 +173,11 @@ def surface(rng, height, width, color, strength):
 def backdrop(rng, height, width):
     """Ground with clutter of no class (thin lines, arcs, small blobs): (H, W, 3) float32."""
     ground = surface(rng, height, width, rng.uniform(60, 190) + rng.uniform(-25, 25, 3), 20)
-    ground, side = ground.clip(0, 255).astype(np.uint8), min(height, width)
+    ground = ground.clip(0, 255).astype(np.uint8)
+    side = min(height, width)
     for kind in rng.integers(0, 3, rng.integers(0, 8)):
-        color, thick = rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3))
+        color = rng.integers(0, 256, 3).tolist()
+        thick = int(rng.integers(1, 3))
         start, end = rng.uniform(0, (width, height), (2, 2)).astype(int).tolist()
         a, b, turn = rng.integers(20, 160, 3).tolist()
         if kind == 0:
@@ -187,11 +195,12 @@ def fill_color(rng, category, others):
     """The first of 40 RGB colors at least CONTRAST from all `others` (N, 3), else the farthest.
 
     Things have their usual colors, as bananas and fire engines do: a category's hues scatter by
-    10 degrees about one, so that the sample set can be learnt in minutes.
+    10 degrees about one, so that the sample set can be learned in minutes.
     """
     usual = list(CATEGORIES).index(category) / len(CATEGORIES)
     hue = (usual + rng.normal(0, 10 / 360, 40)) % 1
-    saturation, value = rng.uniform(0.6, 1, 40), rng.uniform(0.5, 1, 40)
+    saturation = rng.uniform(0.6, 1, 40)
+    value = rng.uniform(0.5, 1, 40)
     hsv = np.stack([hue * 360, saturation, value], axis=1).astype(np.float32)
     colors = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] * 255.0
     nearest = np.linalg.norm(colors[:, None] - others, axis=2).min(axis=1)  # (40,)
@@ -221,7 +230,8 @@ def draw_scene(rng, kind="objects"):
     """One image (H, W, 3) uint8 RGB, its COCO annotations without ids; `kind`: see `layout`."""
     width, height, items, visible = layout(rng, kind)
     ground = backdrop(rng, height, width)
-    canvas, painted = ground.copy(), []
+    canvas = ground.copy()
+    painted = []
     for item in items:
         for part in item.parts:
             color = paint_part(rng, canvas, ground, item.category, part, painted)
@@ -273,7 +283,6 @@ def make_dataset(folder, train=400, val=100, seed=0):
 
 
 def main():
-    """Parse the command line and write the data set."""
     parser = ArgumentParser(prog="python -m demo.shapes", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="where to write; made when missing")
     for name, default, what in (

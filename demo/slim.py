@@ -10,7 +10,6 @@ from src.checkpoint import load_checkpoint, save_checkpoint
 
 
 def main():
-    """Read, halve, write."""
     parser = usage.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="from train.py")
     parser.add_argument("output", help="file to write")

@@ -23,7 +23,6 @@ ROOM = 50  # pixels that a shape moves away from where it starts
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, help=".avi: the clip; .gif: the clip with detections")
     parser.add_argument("--pretrained-model", default="demo/ssdlite_shapes.pth", help="checkpoint, for .gif")
@@ -65,7 +64,6 @@ def write_gif(path, frames, detector):
 
 
 def main():
-    """Draw the clip, or make the GIF."""
     args = parse_args()
     ending = Path(args.output).suffix.lower()
     if ending not in (".avi", ".gif"):

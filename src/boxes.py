@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torchvision.ops import nms
 
+MATCHING_IOU = 0.5  # above it a default box is matched to an object (SSD section 2.2)
 # SSD section 3.7 has 0.01 and 0.45.
 SCORE_THRESHOLD = 0.01  # of what counts as a detection
 NMS_THRESHOLD = 0.5  # IoU above which the weaker of two boxes of a class is removed
@@ -127,7 +128,7 @@ class Encoder:
         best_iou, owner = iou.max(dim=0)  # (D,): each default box's object
         for g, d in enumerate(iou.argmax(dim=1).tolist()):  # each object's default box
             owner[d], best_iou[d] = g, 1.0  # 1.0: matched whatever the IoU
-        matched = (best_iou > 0.5).nonzero().squeeze(1)  # (M,): which default boxes have an object
+        matched = (best_iou > MATCHING_IOU).nonzero().squeeze(1)  # (M,): which default boxes have an object
         owner = owner[matched]
         # Eq. 2: offsets of the center relative to the default box's size, and the logarithm of the ratio of sizes.
         objects, defaults = box_xyxy_to_cxcywh(boxes[owner]), self.default_boxes[matched]
@@ -138,9 +139,9 @@ class Encoder:
         return loc_targets, cls_targets
 
     def fits(self, boxes):
-        """Which of boxes (G, 4) xyxy overlap a default box by more than 0.5, as matching wants it: (G,) bool."""
+        """Which of boxes (G, 4) xyxy overlap a default box as much as matching wants it: (G,) bool."""
         corners = self.corners.cpu()
-        return torch.cat([pairwise_iou(part, corners).amax(dim=1) for part in boxes.split(100)]) > 0.5
+        return torch.cat([pairwise_iou(part, corners).amax(dim=1) for part in boxes.split(100)]) > MATCHING_IOU
 
     def decode(self, loc, cls_logits, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD, max_detections=200):
         """Turn raw outputs into detections (SSD section 2.2 and "inference" of section 3.7).

@@ -30,7 +30,7 @@ QFGAOHAO_NETWORKS = {
     "base_net.1.0.weight": "mb1-ssd",
     "base_net.1.conv.0.weight": "mb2-ssd-lite",
 }
-OUR_KEYS = ("model_state_dict", "classes", "category_ids")
+OUR_KEYS = {"model_state_dict": dict, "classes": list, "category_ids": list}
 
 
 @dataclass
@@ -147,7 +147,8 @@ def with_imagenet(model, num_classes):
 def save_checkpoint(path, state):
     """Write `state` so that `path` holds either the old checkpoint or all of the new one."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # no one else writes into it
+    # A name of each process's own, and always the same: what a killed one leaves is overwritten by the next save.
+    temporary = path.with_name(f"{path.name}.tmp{distributed.rank()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -169,7 +170,7 @@ def load_checkpoint(path):
     """Read a checkpoint, ours or a published one, as a dict with our keys.
 
     At least `model` (name), `model_state_dict`, `classes` and `category_ids`, all on the CPU, and
-    `origin`, a line for the user. Raises UserError for what is none.
+    `origin`, a line for the user. Raises UserError if the file is not a checkpoint.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; train one, or give its path")
@@ -192,7 +193,7 @@ def load_checkpoint(path):
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if isinstance(state.get("model"), str):
-        missing = [key for key in OUR_KEYS if state.get(key) is None]
+        missing = [key for key, kind in OUR_KEYS.items() if not isinstance(state.get(key), kind)]
         if missing or state["model"] not in MODELS:
             raise UserError(f"{path}: model {state['model']!r}, missing {missing}: not one of ours")
         if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's
@@ -204,18 +205,20 @@ def load_checkpoint(path):
 def read_published(state, path):
     """Read one of the three published layouts as a dict with our keys; UserError if it is none of them."""
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    if isinstance(state.get("model"), dict):  # NVIDIA's SSD-ResNet50: {"model": weights, "label_map": names, ...}
-        model, weights, names = "ssd", state["model"], names_from(state.get("label_map"), path)
-        origin = "published SSD-ResNet50, 'model'" + (" with 'label_map'" if "label_map" in state else "")
-    elif isinstance(state.get("model_state_dict"), dict):  # uvipen's SSD-ResNet50: {"model_state_dict": weights, ...}
-        model, weights, names = "ssd", state["model_state_dict"], names_from(state.get("label_map"), path)
-        origin = "published SSD-ResNet50, 'model_state_dict'"
+    ssd_keys = "model", "model_state_dict"  # of the weights: NVIDIA's and uvipen's SSD-ResNet50
+    key = next((key for key in ssd_keys if isinstance(state.get(key), dict)), None)
+    if key:
+        model = "ssd"
+        weights = state[key]
+        names = names_from(state.get("label_map"), path)
+        origin = f"published SSD-ResNet50, {key!r}" + (" with 'label_map'" if "label_map" in state else "")
     elif isinstance(state.get("classification_headers.5.bias"), torch.Tensor):  # qfgaohao's SSDLite: bare weights
         refuse_other_networks(state, path)
         num_classes = state["classification_headers.5.bias"].numel() // DEFAULT_BOXES["ssdlite"].per_cell[-1]
         if num_classes < 2:
             raise UserError(f"{path}: no class in its classification headers; use another")
-        model, weights = "ssdlite", convert_qfgaohao(state, num_classes, path)
+        model = "ssdlite"
+        weights = convert_qfgaohao(state, num_classes, path)
         names, source = names_beside(path, num_classes - 1)
         origin = f"published SSDLite-MobileNetV2, {source}"
     else:
@@ -225,7 +228,7 @@ def read_published(state, path):
         )
     return {
         "model": model,
-        "model_state_dict": {k.removeprefix("module."): v for k, v in weights.items()},
+        "model_state_dict": {str(k).removeprefix("module."): v for k, v in weights.items()},
         "classes": ["background", *names],
         "category_ids": COCO_CATEGORY_IDS if names == COCO_CLASSES else list(range(1, 1 + len(names))),
         "origin": origin,
@@ -243,9 +246,13 @@ def names_from(label_map, path):
 
 def names_beside(path, count):
     """Names of `count` classes from labels.txt beside the checkpoint, or VOC's; and where they are from."""
-    names, origin, hint = [f"class {n}" for n in range(1, 1 + count)], "no names", ": put a labels.txt beside it"
+    names = [f"class {n}" for n in range(1, 1 + count)]
+    origin = "no names"
+    hint = ": put a labels.txt beside it"
     if count == len(VOC_CLASSES):
-        names, origin, hint = VOC_CLASSES, "VOC's classes", ""
+        names = VOC_CLASSES
+        origin = "VOC's classes"
+        hint = ""
     file = Path(path).with_name("labels.txt")
     if not file.is_file():
         return names, origin + hint

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from src import distributed
 from src.annotations import annotation_file, no_garbage_collection, read_annotations, trained_on
+from src.boxes import MATCHING_IOU
 from src.classes import to_labels
 from src.images import image_size, read_image
 from src.transform import augment, resize
@@ -75,7 +76,7 @@ class CocoDataset(Dataset):
         if encoder and len(self.boxes):
             sample = self.boxes[:: -(-len(self.boxes) // 2000)]  # enough, and soon done
             share = encoder.fits(torch.from_numpy(sample)).float().mean().item()
-            remarks.append(f"{share:.0%} of the boxes have an IoU above 0.5 with a default box")
+            remarks.append(f"{share:.0%} of the boxes have an IoU above {MATCHING_IOU} with a default box")
             if share < 0.5:
                 remarks[-1] += ": few of the others will be found; tiles help, and --model ssd instead of ssdlite"
         return "\n".join(f"{name}: {line}" for line in [", ".join([holds, *repairs]), *remarks])
@@ -165,7 +166,7 @@ class TrainSampler:
     """Batches of (epoch, index) keys for one process; a new shuffle every epoch.
 
     The incomplete last global batch is dropped. `start(epoch, samples_seen)` sets what the next
-    iteration yields: an epoch stopped midway goes on with the samples it has not seen, whatever
+    iteration yields: an epoch stopped midway continues with the samples it has not seen, whatever
     the number of processes was.
     """
 

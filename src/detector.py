@@ -10,12 +10,27 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import batched_nms
 
+from src import usage
 from src.boxes import DEFAULT_BOXES, NMS_THRESHOLD, SCORE_THRESHOLD, Encoder, make_default_boxes
 from src.checkpoint import load_checkpoint, network_from
 from src.distributed import amp_note, choose_device
 from src.transform import normalize, resize
 
-SHOW_THRESHOLD = 0.3  # lowest score of what is shown
+# Lowest scores of what is shown by default: in images, in a video, and in a data set's images.
+SHOW_THRESHOLD = 0.3
+VIDEO_THRESHOLD = 0.35
+DATASET_THRESHOLD = 0.5
+
+
+def add_options(parser, cls_threshold, cls_help="lowest score to show"):
+    """Add the options of what a script detects with, a Detector, to its parser."""
+    share = usage.number(float, 0, 1)
+    add = parser.add_argument
+    add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
+    add("--cls-threshold", type=share, default=cls_threshold, help=cls_help)
+    add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
+    add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
 
 
 class Detector:
@@ -80,19 +95,22 @@ def detect_in_tiles(detector, image, side, score_threshold=SCORE_THRESHOLD, nms_
     """Detect in an image (H, W, 3) as a whole and in tiles of it, side x side pixels: small objects are larger there.
 
     Returns what `detector([image])[0]` does, K unlimited, after NMS over all of them. Neighboring tiles share
-    half of their side or more. A box at a tile's border inside the image is left out: its object goes on there.
+    half of their side or more. A box at a tile's border inside the image is left out: its object continues there.
     """
     height, width = image.shape[:2]
-    tiles = itertools.product(tile_starts(width, side), tile_starts(height, side), [side])
+    tiles = [(0, 0, max(height, width))]  # left, top, size
+    if side < max(height, width):
+        tiles += itertools.product(tile_starts(width, side), tile_starts(height, side), [side])
     found = []
-    for left, top, size in [(0, 0, max(height, width)), *tiles]:
-        one = detector([image[top : top + size, left : left + size]], score_threshold, nms_threshold)[0]
-        boxes = one["boxes"] + torch.tensor([left, top, left, top])
+    for left, top, size in tiles:
+        (here,) = detector([image[top : top + size, left : left + size]], score_threshold, nms_threshold)
+        boxes = here["boxes"] + torch.tensor([left, top, left, top])
         margin = 2 * size / detector.size  # two pixels of the network
-        starts, ends = torch.tensor([left, top]), torch.tensor([left + size, top + size])
+        starts = torch.tensor([left, top])
+        ends = starts + size
         cut = (boxes[:, :2] < starts + margin) & (starts > 0)
         cut |= (boxes[:, 2:] > ends - margin) & (ends < torch.tensor([width, height]))
-        found.append([values[~cut.any(dim=1)] for values in (boxes, one["labels"], one["scores"])])
+        found.append([values[~cut.any(dim=1)] for values in (boxes, here["labels"], here["scores"])])
     boxes, labels, scores = map(torch.cat, zip(*found, strict=True))
     best = batched_nms(boxes, scores, labels, nms_threshold)
     return {"boxes": boxes[best], "labels": labels[best], "scores": scores[best]}
@@ -105,7 +123,7 @@ def tile_starts(length, side):
 
 
 def fold_batch_norm(module):
-    """Fold each batch norm that follows a convolution into it, in place: the same sums, sooner."""
+    """Fold each batch norm that follows a convolution into it, in place: the same results, faster."""
     children = list(module.named_children())
     for (name, conv), (next_name, norm) in itertools.pairwise(children):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -114,6 +132,11 @@ def fold_batch_norm(module):
     for _, child in children:
         fold_batch_norm(child)
     return module
+
+
+def above(threshold, detections):
+    """Those of one image's detections that score above `threshold`."""
+    return {key: values[detections["scores"] > threshold] for key, values in detections.items()}
 
 
 def json_entry(image, found, classes):

@@ -26,12 +26,10 @@ def choose_device(name=None, local_rank=None):
 
     "cuda" is GPU number `local_rank`, by default CUDA's current one. UserError if `name` is not a device, or not here.
     """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not re.fullmatch("cpu|mps|cuda(:[0-9]{1,2})?", name):  # to torch cuda:300 is cuda:44
         raise UserError(f"--device {name}: unknown; give cpu, cuda, cuda:1 for the second GPU, or mps")
+    device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: none here; leave --device out")
     if device.type == "cuda":

@@ -52,13 +52,13 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
     return optimizer
 
 
-def train_steps(run, network, loader, criterion, learning_rate, amp=False):
+def train_steps(run, loader, *, network, criterion, learning_rate, amp=False):
     """Train on what is left of an epoch: a generator that takes a step each time it is asked for the next.
 
-    run has optimizer, scaler, epoch and samples_seen, which counts on; network is run.network, inside
-    DDP if several processes train; loader yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets
-    (B, D) and image ids (B,); learning_rate(epoch, iteration) -> float, which a parameter group's
-    "lr_factor" multiplies.
+    run has optimizer, scaler, epoch and samples_seen, which counts on; loader yields images (B, 300, 300, 3)
+    uint8, loc_targets (B, D, 4), cls_targets (B, D) and image ids (B,); network is run.network, inside DDP if
+    several processes train; learning_rate(epoch, iteration) -> float, which a parameter group's "lr_factor"
+    multiplies.
     Yields (iteration, report): after every LOG_EVERY steps report is {tag: number}, losses averaged
     since the last one; otherwise None. Raises UserError on a loss that is not finite.
     """
@@ -103,7 +103,9 @@ def train_steps(run, network, loader, criterion, learning_rate, amp=False):
             text = "loss {Loss:.3f}, lr {LR:.2e}, {Images_per_second:.1f} images/s"
             data = f", data {waited / len(losses):.3f} of {seconds / len(losses):.3f} s/step"
             bar.set_postfix_str(text.format(**report) + data)
-            recent, waited, clock = [], 0.0, time.perf_counter()
+            recent = []
+            waited = 0.0
+            clock = time.perf_counter()
         yield iteration, report
         ready = time.perf_counter()
 
@@ -157,7 +159,8 @@ def compute_metrics(ground_truth, detections, category_ids):
     metrics = dict(zip(METRICS, coco_eval.stats.tolist(), strict=True))
     metrics |= {"per_class": {}, "per_class_AP50": {}, "best_F1": {}}
     for k, category in enumerate(ground_truth.loadCats(coco_eval.params.catIds)):
-        values, name = precision[:, :, k, 0, -1], category["name"]
+        name = category["name"]
+        values = precision[:, :, k, 0, -1]
         if (values > -1).any():  # a class without an object has no AP
             metrics["per_class"][name] = float(values[values > -1].mean())
             metrics["per_class_AP50"][name] = float(values[0].mean())

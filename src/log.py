@@ -3,11 +3,10 @@
 import json
 
 import numpy as np
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from src.classes import to_category_ids, to_labels
-from src.detector import SHOW_THRESHOLD
+from src.detector import SHOW_THRESHOLD, above
 from src.distributed import is_main_process
 from src.engine import METRICS
 from src.visualize import draw_detections
@@ -38,23 +37,25 @@ def append_line(file, entry):
             lines.write(json.dumps(entry) + "\n")
 
 
-def write_evaluation(log, metrics, detector, val_set, step):
-    """Write COCO's twelve metrics, and what is found in the first validation images."""
+def write_evaluation(log, metrics, detections, val_set, run, step):
+    """Write COCO's twelve metrics, and what was found in the first validation images.
+
+    detections: {image id: boxes, labels and scores}, as `evaluate` returns them; run: knows their classes.
+    """
     if log:
         write(log, "Test", {"mAP" if name == "AP" else name: metrics[name] for name in METRICS}, step)
-        write_images(log, detector, val_set, step)
+        write_images(log, detections, val_set, run, step)
 
 
-def write_images(log, detector, val_set, step, count=4):
-    """Write the first validation images: what is found, and the ground truth to its right."""
-    indices = range(min(count, len(val_set)))
-    images = [val_set[index][0] for index in indices]  # at the network's size
-    sizes = torch.full((len(images), 2), detector.size)
-    found = detector.detect_resized(torch.from_numpy(np.stack(images)), sizes, SHOW_THRESHOLD)
-    for index, image, detections in zip(indices, images, found, strict=True):
+def write_images(log, detections, val_set, run, step, count=4):
+    """Write the first validation images: what was found, and the ground truth to its right."""
+    for index in range(min(count, len(val_set))):
+        image, image_id, (width, height) = val_set[index]  # at the network's size
+        found = above(SHOW_THRESHOLD, detections[int(image_id)])
+        found["boxes"] = found["boxes"].numpy() * val_set.size / (width, height, width, height)  # from its own pixels
         boxes, labels = val_set.objects(index)
-        # Labels of the validation set's own categories, perhaps fewer than the detector's.
-        labels = to_labels(to_category_ids(labels, val_set.category_ids), detector.category_ids)
-        drawn = draw_detections(image, **detections, classes=detector.classes)
-        truth = draw_detections(image, boxes * detector.size, labels, None, detector.classes)
-        log.add_image(f"Test/Image_{index}", np.hstack([drawn, truth]), step, dataformats="HWC")
+        # Labels of the validation set's own categories, perhaps fewer than the run's.
+        labels = to_labels(to_category_ids(labels, val_set.category_ids), run.category_ids)
+        drawn = draw_detections(image, **found, classes=run.classes)
+        ground_truth = draw_detections(image, boxes * val_set.size, labels, None, run.classes)
+        log.add_image(f"Test/Image_{index}", np.hstack([drawn, ground_truth]), step, dataformats="HWC")

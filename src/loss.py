@@ -53,7 +53,8 @@ def num_matched_everywhere(num_matched):
     DistributedDataParallel averages gradients, which divides by that number once more: this undoes
     it. num_matched (B,) is this process's. The sum stays on the device, so nothing waits for it.
     """
-    total, processes = num_matched.sum().float(), 1
+    total = num_matched.sum().float()
+    processes = 1
     if dist.is_initialized():
         dist.all_reduce(total)
         processes = dist.get_world_size()

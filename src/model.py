@@ -71,10 +71,10 @@ class SSD(nn.Module):
 
     def forward(self, images):
         """images (B, 3, 300, 300) -> loc (B, 8732, 4), cls_logits (B, 8732, C)."""
-        maps = [self.feature_extractor(images)]
+        feature_maps = [self.feature_extractor(images)]
         for block in self.additional_blocks:
-            maps.append(block(maps[-1]))
-        return predict(self.default_boxes, maps, self.loc, self.conf, self.num_classes)
+            feature_maps.append(block(feature_maps[-1]))
+        return predict(self.default_boxes, feature_maps, self.loc, self.conf, self.num_classes)
 
 
 class MobileNetV2Backbone(nn.Module):
@@ -129,10 +129,10 @@ class SSDLite(nn.Module):
 
     def forward(self, images):
         """images (B, 3, 300, 300) -> loc (B, 3000, 4), cls_logits (B, 3000, C)."""
-        maps = list(self.backbone(images))
+        feature_maps = list(self.backbone(images))
         for block in self.additional_blocks:
-            maps.append(block(maps[-1]))
-        return predict(self.default_boxes, maps, self.loc, self.conf, self.num_classes)
+            feature_maps.append(block(feature_maps[-1]))
+        return predict(self.default_boxes, feature_maps, self.loc, self.conf, self.num_classes)
 
 
 def extra_block(c_in, c_mid, c_out, stride, padding):
@@ -172,7 +172,7 @@ def init_convolution(module):
             nn.init.zeros_(module.bias)
 
 
-def predict(default_boxes, maps, loc_heads, conf_heads, num_classes):
+def predict(default_boxes, feature_maps, loc_heads, conf_heads, num_classes):
     """Run a pair of heads on each map (B, c, h, w); return loc (B, D, 4), cls_logits (B, D, C).
 
     A head's channel is `coordinate * per_cell + shape` (or `class * per_cell + shape`), so that
@@ -180,7 +180,7 @@ def predict(default_boxes, maps, loc_heads, conf_heads, num_classes):
     """
     layout = zip(default_boxes.feature_maps, default_boxes.per_cell, strict=True)
     loc, cls_logits = [], []
-    for x, loc_head, conf_head, (cells, per_cell) in zip(maps, loc_heads, conf_heads, layout, strict=True):
+    for x, loc_head, conf_head, (cells, per_cell) in zip(feature_maps, loc_heads, conf_heads, layout, strict=True):
         assert x.shape[2:] == (cells, cells), f"a map is {tuple(x.shape[2:])}, not {cells} cells wide and high"
         boxes = per_cell * cells * cells
         loc.append(loc_head(x).reshape(len(x), 4, boxes))

@@ -1,4 +1,4 @@
-"""Ending a run early without losing a step: signals, broken images, workers; and a lock on its folder."""
+"""Ending a run early without losing a step: signals, broken images, workers; and a lock on its checkpoint."""
 
 import contextlib
 import multiprocessing
@@ -28,7 +28,8 @@ class Stoppable:
     """
 
     def __init__(self, run, file):
-        """run: what is saved; file (Path): its checkpoint."""
+        """run: what is saved; file (Path): its checkpoint, which is locked. Collective."""
+        lock_checkpoint(file)
         self.run, self.file = run, file
         self.signals = []  # received and not yet obeyed
 
@@ -87,7 +88,7 @@ class Stoppable:
         return f"stopped; saved {self.file}, the same command resumes from there"
 
 
-def lock_folder(file):
+def lock_checkpoint(file):
     """UserError, in every process, if another run has the checkpoint `file` (Path)."""
     holder = ""
     if is_main_process():

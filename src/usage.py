@@ -22,11 +22,11 @@ REMEDIES = dict.fromkeys(DISK_FULL, "make room and start again") | {
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: its message names the value and the remedy, on one line."""
+    """A mistake that the user can fix: its message names the value and the remedy, on one line."""
 
 
 class UnreadableImage(UserError):
-    """An image file that cannot be used; what was computed before it was met is sound."""
+    """An image file that cannot be used; what was computed before it was read is valid."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -149,7 +149,7 @@ ENDING = [getattr(signal, n) for n in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2".sp
 
 
 def handle_signals(handler, numbers=ENDING):
-    """Let `handler` take these signals, but for those that are ignored, as under `nohup`."""
+    """Let `handler` take these signals, except those that are ignored, as under `nohup`."""
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)

@@ -37,7 +37,8 @@ def draw_detections(image, boxes, labels, scores, classes, scale=None):
     image = np.array(image, order="C")
     height, width = image.shape[:2]
     scale = scale or min(height, width)
-    thickness, size = max(1, round(scale / 250)), max(11, round(scale / 30))
+    thickness = max(1, round(scale / 250))
+    size = max(11, round(scale / 30))
     order = range(len(boxes) - 1, -1, -1)  # the best last, on top
     for k in order:
         corners = np.round(np.asarray(boxes[k])).astype(int).reshape(2, 2)
@@ -54,14 +55,17 @@ def draw_detections(image, boxes, labels, scores, classes, scale=None):
 
 
 def place_labels(texts, boxes, size, frame):
-    """Plates [left, top, right, bottom] for `texts` above their boxes, or inside for want of room.
+    """Plates [left, top, right, bottom] for `texts` above their boxes, or inside where there is no room above.
 
-    One that would cover an earlier one moves down, as long as the frame (width, height) has room.
+    One that would cover an earlier one moves down, if it still fits into the frame (width, height).
     """
-    (width, height), plates, font = frame, [], cv2.FontFace("sans")
+    width, height = frame
+    font = cv2.FontFace("sans")
+    plates = []
     for text, box in zip(texts, boxes, strict=True):
         _, _, text_w, _ = cv2.getTextSize(frame, text, (0, 0), font, size)
-        plate_w, plate_h = text_w + size // 2, round(size * 1.4)
+        plate_w = text_w + size // 2
+        plate_h = round(size * 1.4)
         x = min(max(0, round(float(box[0]))), max(0, width - plate_w))
         y = round(float(box[1])) - plate_h
         if y < 0:

@@ -53,8 +53,8 @@ def test_a_missing_area_or_iscrowd_is_derived(tmp_path):
     whole, bare = box(10, [1, 1, 2, 3]), box(20, [10, 10, 20, 5])
     del bare["area"], bare["iscrowd"]
     file = small_dataset(tmp_path, [whole, bare, bare | {"area": None, "iscrowd": 1}])
-    truth = load_ground_truth(file)
-    assert [(a["area"], a["iscrowd"]) for a in truth.anns.values()] == [(6, 0), (100, 0), (100, 1)]
+    ground_truth = load_ground_truth(file)
+    assert [(a["area"], a["iscrowd"]) for a in ground_truth.anns.values()] == [(6, 0), (100, 0), (100, 1)]
     repairs = CocoDataset(tmp_path, "set").repairs
     assert sorted(repairs.values()) == [1, 1, 2]
     assert [n for what, n in repairs.items() if "area" in what] == [2]
@@ -119,8 +119,8 @@ def test_duplicate_missing_and_zero_annotation_ids_are_renumbered(tmp_path, ids)
     file = small_dataset(tmp_path)
     content = json.loads(file.read_text()) | {"annotations": entries}
     file.write_text(json.dumps(content))
-    truth = load_ground_truth(file)
-    assert len(truth.anns) == 3 and 0 not in truth.anns
+    ground_truth = load_ground_truth(file)
+    assert len(ground_truth.anns) == 3 and 0 not in ground_truth.anns
     assert read_annotations(file)[1]["annotation ids renumbered"] == 3
 
 

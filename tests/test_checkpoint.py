@@ -113,6 +113,20 @@ def test_the_new_checkpoint_is_whole_before_it_takes_the_name(tmp_path, monkeypa
     assert seen == [({"epoch": 1}, False)] and path.exists()
 
 
+def test_what_a_killed_save_left_is_gone_after_the_next(tmp_path, monkeypatch):
+    def killed(state, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt  # as the second Ctrl-C, nothing is cleaned up
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(torch, "save", killed)
+        save_checkpoint(tmp_path / "a.pth", SMALL)
+    assert len(os.listdir(tmp_path)) == 1
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # another process
+    save_checkpoint(tmp_path / "a.pth", SMALL)
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("kept")
     for path in (tmp_path / "file" / "a.pth", tmp_path / "file" / "deeper" / "a.pth"):
@@ -121,7 +135,7 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "a.pth").mkdir()
     with pytest.raises(UserError, match="--save-folder"):
         save_checkpoint(tmp_path / "a.pth", {})
-    assert (tmp_path / "file").read_text() == "kept" and not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "file").read_text() == "kept" and not list(tmp_path.glob("*.tmp*"))
 
 
 def test_folder_that_may_not_be_written(tmp_path):

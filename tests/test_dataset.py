@@ -43,14 +43,14 @@ def test_boxes_are_relative_corners_and_labels_count_sorted_categories(tmp_path)
 
 def test_all_boxes_of_a_set_with_gaps_crowds_and_empty_images(shapes_folder):
     data = CocoDataset(shapes_folder, "train2017")
-    truth = COCO(shapes_folder / "annotations" / "instances_train2017.json")
-    names = {c["id"]: c["name"] for c in truth.dataset["categories"]}
-    assert sorted(data.image_ids.tolist()) == sorted(truth.imgs)
+    ground_truth = COCO(shapes_folder / "annotations" / "instances_train2017.json")
+    names = {c["id"]: c["name"] for c in ground_truth.dataset["categories"]}
+    assert sorted(data.image_ids.tolist()) == sorted(ground_truth.imgs)
     counts = []
     for i, image_id in enumerate(data.image_ids.tolist()):
-        size = truth.imgs[image_id]["width"], truth.imgs[image_id]["height"]
+        size = ground_truth.imgs[image_id]["width"], ground_truth.imgs[image_id]["height"]
         boxes, labels = data.objects(i)
-        found = truth.loadAnns(truth.getAnnIds([image_id], iscrowd=False))
+        found = ground_truth.loadAnns(ground_truth.getAnnIds([image_id], iscrowd=False))
         expected = [(a["bbox"], names[a["category_id"]]) for a in found]
         pixels = boxes * np.tile(size, 2)
         pixels[:, 2:] -= pixels[:, :2]
@@ -59,8 +59,8 @@ def test_all_boxes_of_a_set_with_gaps_crowds_and_empty_images(shapes_folder):
             assert data.classes[label] == name
         counts.append(len(boxes))
     assert 0 in counts
-    crowds = sum(a["iscrowd"] for a in truth.anns.values())
-    assert crowds > 0 and sum(counts) + crowds == len(truth.anns)
+    crowds = sum(a["iscrowd"] for a in ground_truth.anns.values())
+    assert crowds > 0 and sum(counts) + crowds == len(ground_truth.anns)
     assert sum(data.repairs.values()) == crowds  # nothing else was there to repair
 
 

@@ -225,6 +225,19 @@ def test_tiles_find_each_object_once_and_no_piece_of_one(side):
         assert boxes[label] == [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
 
+@pytest.mark.parametrize("side, calls", [(299, 5), (300, 1), (999, 1)])
+def test_an_image_that_fits_into_a_tile_is_detected_in_once(side, calls):
+    seen = []
+
+    class Counted(Painted):
+        def __call__(self, images, *thresholds):
+            seen.extend(images)
+            return super().__call__(images, *thresholds)
+
+    detect_in_tiles(Counted(), np.zeros((300, 300, 3), np.uint8), side)
+    assert len(seen) == calls
+
+
 @pytest.mark.parametrize("length, side", [(1000, 300), (1001, 300), (301, 300), (300, 300), (40, 300)])
 def test_tiles_cover_the_image_and_share_a_half(length, side):
     starts = tile_starts(length, side)
@@ -280,12 +293,12 @@ def test_the_bundled_detector_knows_vocs_twenty_classes():
     if not photos.is_dir():
         pytest.skip("no ../shared next to the repository")
     # What COCO's annotators drew, xywh.
-    truth = json.loads((photos.parent / "annotations" / "instances_val2017.json").read_text())
-    names = {category["id"]: category["name"] for category in truth["categories"]}
+    ground_truth = json.loads((photos.parent / "annotations" / "instances_val2017.json").read_text())
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     for image_id, label, coco in ((208901, "aeroplane", "airplane"), (555009, "tvmonitor", "tv")):
         (found,) = detector([read_image(photos / f"{image_id:012}.jpg")], score_threshold=0.5)
         boxes = found["boxes"][found["labels"] == detector.classes.index(label)]
-        here = [a for a in truth["annotations"] if a["image_id"] == image_id]
+        here = [a for a in ground_truth["annotations"] if a["image_id"] == image_id]
         drawn = [a["bbox"] for a in here if names[a["category_id"]] == coco]
         drawn = torch.tensor([(x, y, x + w, y + h) for x, y, w, h in drawn])
         assert len(boxes) and (box_iou(boxes, drawn).amax(dim=1) >= 0.5).all()

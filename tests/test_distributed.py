@@ -60,6 +60,8 @@ def test_an_environment_that_torchrun_did_not_make_is_a_users_error(monkeypatch,
     [
         ("gpu", "--device gpu: unknown; give cpu, cuda, cuda:1 for the second GPU, or mps"),
         ("meta", "--device meta: unknown"),
+        ("cpu:1", "--device cpu:1: unknown"),
+        ("cuda:300", "--device cuda:300: unknown"),  # to torch it is cuda:44
         ("cuda:-1", "--device cuda:-1: unknown"),
         ("cuda", "--device cuda: CUDA sees 0 GPUs, counted from 0; give another"),
         ("cuda:3", "--device cuda:3: CUDA sees 0 GPUs"),
@@ -169,9 +171,9 @@ def test_two_processes_all_reduce_all_gather_and_buffers(two):
 
 
 def locked_folder():
-    """How stopping.lock_folder ends where another process has the lock."""
+    """How stopping.lock_checkpoint ends where another process has the lock."""
     try:
-        stopping.lock_folder(Path("ssdlite.pth"))
+        stopping.lock_checkpoint(Path("ssdlite.pth"))
     except (UserError, SystemExit) as end:
         return type(end), str(end)
 
@@ -336,19 +338,19 @@ def test_a_step_sends_gradients_alone_and_buffers_are_shared_when_asked_for(two)
 
 def seven_images():
     """COCO's ground truth and noise for pixels; seven, so that the processes have unequal shares."""
-    truth = COCO()
+    ground_truth = COCO()
     images = [{"id": 50 - i, "width": 300, "height": 300} for i in range(7)]
     annotations = [
         {"id": i + 1, "image_id": 50 - i, "category_id": (3, 21)[i % 2], "iscrowd": 0}
         | {"bbox": [10 * i, 100, 90, 60], "area": 5400}
         for i in range(7)
     ]
-    truth.dataset = {"images": images, "annotations": annotations}
-    truth.dataset["categories"] = [{"id": 3, "name": "a"}, {"id": 21, "name": "b"}]
-    truth.createIndex()
+    ground_truth.dataset = {"images": images, "annotations": annotations}
+    ground_truth.dataset["categories"] = [{"id": 3, "name": "a"}, {"id": 21, "name": "b"}]
+    ground_truth.createIndex()
     noise = torch.randint(0, 256, (7, 8, 8, 3), generator=torch.Generator().manual_seed(0))
     pixels = noise.repeat_interleave(38, dim=1).repeat_interleave(38, dim=2)[:, :300, :300]
-    return truth, pixels.to(torch.uint8), torch.arange(50, 43, -1)
+    return ground_truth, pixels.to(torch.uint8), torch.arange(50, 43, -1)
 
 
 def evaluate_share():
@@ -364,11 +366,11 @@ def evaluate_share():
             if name.startswith(("loc.", "conf.")):
                 values.mul_(0.3)  # outputs of a trained network's size
     detector = Detector(network, "ssdlite", ["background", "a", "b"], [3, 21], "cpu")
-    truth, pixels, ids = seven_images()
+    ground_truth, pixels, ids = seven_images()
     own = slice(distributed.rank(), None, distributed.world_size())
     batches = zip(pixels[own].split(2), ids[own].split(2), strict=True)
     loader = [(p, i, torch.tensor([[300, 300]] * len(i))) for p, i in batches]
-    return evaluate(detector, loader, truth)
+    return evaluate(detector, loader, ground_truth)
 
 
 def test_evaluation_by_two_processes_finds_the_same(two):
@@ -394,49 +396,51 @@ def test_evaluation_by_two_processes_finds_the_same(two):
 
 
 def noisy_detections(categories):
-    """COCO's truth of six images, and detections by image; the last of several categories has no object."""
+    """COCO's ground truth of six images, and detections by image; the last of several categories has no object."""
     rng = np.random.default_rng(categories)
-    truth, objects = COCO(), max(1, categories - 1)
+    ground_truth, objects = COCO(), max(1, categories - 1)
     boxes = np.concatenate([rng.uniform(0, 200, (60, 2)), rng.uniform(9, 150, (60, 2))], axis=1)
     annotations = [
         {"id": i + 1, "image_id": i % 6, "category_id": 10 + i * i % objects, "iscrowd": int(i % 20 == 7)}
         | {"bbox": box, "area": box[2] * box[3]}
         for i, box in enumerate(boxes.tolist())
     ]
-    truth.dataset = {
+    ground_truth.dataset = {
         "images": [{"id": i, "width": 400, "height": 400} for i in range(6)],
         "annotations": annotations,
         "categories": [{"id": 10 + i, "name": str(i)} for i in range(categories)],
     }
-    truth.createIndex()
+    ground_truth.createIndex()
     rows = [[a["image_id"], *a["bbox"], 0, a["category_id"]] for a in annotations for _ in range(3)]
     detections = np.array(rows) + 0.0
     detections[:, 1:5] += rng.normal(0, 6, (len(rows), 4))
     detections[:, 5] = rng.integers(1, 50, len(rows)) / 50  # with ties
     detections[::9, 6] = 10 + categories - 1
-    return truth, as_detections(detections, sorted(truth.cats))
+    return ground_truth, as_detections(detections, sorted(ground_truth.cats))
 
 
 def evaluate_categories():
     """[(what pycocotools found, metrics)] for a category alone, which leaves a process idle, and for seven."""
     answers = []
     for categories in (1, 7):
-        truth, detections = noisy_detections(categories)
-        coco_eval = run_coco_eval(truth, detections, sorted(truth.cats))
+        ground_truth, detections = noisy_detections(categories)
+        coco_eval = run_coco_eval(ground_truth, detections, sorted(ground_truth.cats))
         arrays = [coco_eval.eval[name] for name in ("precision", "recall", "scores")]
-        answers.append((arrays, compute_metrics(truth, detections, sorted(truth.cats))))
+        answers.append((arrays, compute_metrics(ground_truth, detections, sorted(ground_truth.cats))))
     return answers
 
 
 def test_categories_evaluated_in_shares_give_pycocotools_metrics_bit_for_bit(two):
     answers = two["evaluate_categories"]
     for i, categories in enumerate((1, 7)):
-        truth, detections = noisy_detections(categories)
-        oracle = COCOeval(truth, truth.loadRes(coco_results(detections, sorted(truth.cats))), "bbox")
+        ground_truth, detections = noisy_detections(categories)
+        oracle = COCOeval(
+            ground_truth, ground_truth.loadRes(coco_results(detections, sorted(ground_truth.cats))), "bbox"
+        )
         oracle.evaluate(), oracle.accumulate(), oracle.summarize()
         assert 0.1 < oracle.stats[0] < 0.9 and len(set(oracle.stats)) > 6
         for arrays, metrics in [by_rank[i] for by_rank in answers]:
             for name, array in zip(("precision", "recall", "scores"), arrays, strict=True):
                 np.testing.assert_array_equal(array, oracle.eval[name])
             assert [metrics[name] for name in METRICS] == oracle.stats.tolist()
-            assert metrics == compute_metrics(truth, detections, sorted(truth.cats))
+            assert metrics == compute_metrics(ground_truth, detections, sorted(ground_truth.cats))

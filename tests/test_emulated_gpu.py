@@ -96,5 +96,5 @@ def test_benchmark(tmp_path):
     (tmp_path / "run.py").write_text(
         "from tools import benchmark\nbenchmark.peak = lambda *_: 1e12\nbenchmark.main()\n"
     )
-    said = emulate(tmp_path / "run.py", "--amp", "--repeats", 1, "--pictures", 1, EMU_TWICE="0")
+    said = emulate(tmp_path / "run.py", "--amp", "--repeats", 1, "--images", 1, EMU_TWICE="0")
     assert said.startswith("cuda, ") and "NHWC" in said and "validation" in said

@@ -44,7 +44,7 @@ def val_file(folder):
 
 
 @pytest.fixture(scope="module")
-def truth(shapes_folder):
+def ground_truth(shapes_folder):
     """Ground truth with a crowd and a picture without objects."""
     coco = load_ground_truth(val_file(shapes_folder))
     assert any(a["iscrowd"] for a in coco.anns.values())
@@ -52,11 +52,11 @@ def truth(shapes_folder):
     return coco
 
 
-def pycocotools_figures(truth, detections, categories=None):
+def pycocotools_figures(ground_truth, detections, categories=None):
     """The twelve figures as pycocotools' own loadRes and COCOeval give them: the oracle."""
-    results = coco_results(detections, sorted(truth.cats))
+    results = coco_results(detections, sorted(ground_truth.cats))
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        judge = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
         if categories:
             judge.params.catIds = categories
         judge.evaluate()
@@ -65,82 +65,82 @@ def pycocotools_figures(truth, detections, categories=None):
     return judge.stats
 
 
-def perturbed(truth, seed):
+def perturbed(ground_truth, seed):
     """Detections by image: objects moved, lost, doubled, of a wrong class, invented."""
     rng, rows = np.random.default_rng(seed), []
-    categories = list(truth.cats)
-    for a in truth.anns.values():
+    categories = list(ground_truth.cats)
+    for a in ground_truth.anns.values():
         for _ in range(rng.integers(0, 3)):
             x, y, w, h = np.array(a["bbox"]) + rng.normal(0, 0.08, 4) * a["bbox"][2]
             category = a["category_id"] if rng.random() < 0.8 else rng.choice(categories)
             rows.append([a["image_id"], x, y, max(w, 1), max(h, 1), 0, category])
-    for image in truth.imgs:
+    for image in ground_truth.imgs:
         for _ in range(rng.integers(0, 4)):
             rows.append([image, *rng.uniform(5, 150, 4), 0, rng.choice(categories)])
     rows = np.array(rows)
     rows[:, 5] = rng.permutation(np.linspace(0.02, 0.99, len(rows)))
-    return as_detections(rows, sorted(truth.cats))
+    return as_detections(rows, sorted(ground_truth.cats))
 
 
-def metrics_of(truth, detections):
-    return compute_metrics(truth, detections, sorted(truth.cats))
+def metrics_of(ground_truth, detections):
+    return compute_metrics(ground_truth, detections, sorted(ground_truth.cats))
 
 
 # compute_metrics
 
 
-def test_ground_truth_as_detections_scores_one(truth):
-    objects = [a for a in truth.anns.values() if not a["iscrowd"]]
+def test_ground_truth_as_detections_scores_one(ground_truth):
+    objects = [a for a in ground_truth.anns.values() if not a["iscrowd"]]
     rows = [[a["image_id"], *a["bbox"], 1, a["category_id"]] for a in objects]
-    metrics = metrics_of(truth, as_detections(rows, sorted(truth.cats)))
+    metrics = metrics_of(ground_truth, as_detections(rows, sorted(ground_truth.cats)))
     for name in ("AP", "AP50", "AP75", "AR100"):
         assert metrics[name] == pytest.approx(1)
     assert list(metrics["per_class"].values()) == pytest.approx([1] * len(metrics["per_class"]))
 
 
-def test_no_detections_score_zero(truth):
-    metrics = metrics_of(truth, {})  # pycocotools' loadRes([]) raises IndexError
+def test_no_detections_score_zero(ground_truth):
+    metrics = metrics_of(ground_truth, {})  # pycocotools' loadRes([]) raises IndexError
     areas = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
     for name in METRICS:
         low, high = areas.get(name[-1], (0, 1e10))
-        objects = [a for a in truth.anns.values() if not a["iscrowd"]]
+        objects = [a for a in ground_truth.anns.values() if not a["iscrowd"]]
         exist = any(low <= a["area"] < high for a in objects)
         assert metrics[name] == (0 if exist else -1), name  # COCO's -1: nothing to find
     assert metrics["per_class"] and not any(metrics["per_class"].values())
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_are_pycocotools_own(truth, seed):
-    detections = perturbed(truth, seed)
-    metrics = metrics_of(truth, detections)
+def test_figures_are_pycocotools_own(ground_truth, seed):
+    detections = perturbed(ground_truth, seed)
+    metrics = metrics_of(ground_truth, detections)
     assert list(metrics) == [*METRICS, "per_class", "per_class_AP50", "best_F1"]
     assert np.mean(list(metrics["per_class_AP50"].values())) == pytest.approx(metrics["AP50"])
     assert 0.05 < metrics["AP"] < 0.9  # neither extreme would tell much
-    assert [metrics[name] for name in METRICS] == pycocotools_figures(truth, detections).tolist()
+    assert [metrics[name] for name in METRICS] == pycocotools_figures(ground_truth, detections).tolist()
 
 
-def test_per_class_ap_is_that_of_each_class_alone(truth):
-    detections = perturbed(truth, 7)
-    per_class = metrics_of(truth, detections)["per_class"]
-    for category, entry in truth.cats.items():
-        alone = pycocotools_figures(truth, detections, [category])[0]
+def test_per_class_ap_is_that_of_each_class_alone(ground_truth):
+    detections = perturbed(ground_truth, 7)
+    per_class = metrics_of(ground_truth, detections)["per_class"]
+    for category, entry in ground_truth.cats.items():
+        alone = pycocotools_figures(ground_truth, detections, [category])[0]
         if alone > -1:
             assert per_class.pop(entry["name"]) == pytest.approx(alone, abs=1e-12)
     assert not per_class  # a class without an object has no AP
-    json.dumps(metrics_of(truth, detections))  # plain numbers
+    json.dumps(metrics_of(ground_truth, detections))  # plain numbers
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_score_of_the_best_f1_has_its_precision_and_recall(truth, seed):
+def test_the_score_of_the_best_f1_has_its_precision_and_recall(ground_truth, seed):
     """Counted by hand at every score: which detections are right, in COCO's manner, is the oracle's own."""
-    detections = perturbed(truth, seed)
-    metrics = metrics_of(truth, detections)
-    results = coco_results(detections, sorted(truth.cats))
+    detections = perturbed(ground_truth, seed)
+    metrics = metrics_of(ground_truth, detections)
+    results = coco_results(detections, sorted(ground_truth.cats))
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        judge = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
         judge.params.iouThrs = np.array([0.5])
         judge.evaluate()
-    for category, entry in truth.cats.items():
+    for category, entry in ground_truth.cats.items():
         matches, objects = [], 0
         for image in filter(None, judge.evalImgs):
             if image["category_id"] == category and image["aRng"] == judge.params.areaRng[0]:
@@ -172,11 +172,11 @@ def test_the_table_of_classes_shows_where_f1_is_best():
     assert values.split() == ["a", "cat", "0.110", "0.220", "0.310", "0.620", "0.530"] and "F1" in note
 
 
-def test_metrics_do_not_change_what_they_are_given(truth):
-    detections = perturbed(truth, 1)
-    copies = copy.deepcopy(detections), json.dumps(truth.dataset)
-    first, second = metrics_of(truth, detections), metrics_of(truth, detections)
-    assert first == second and copies[1] == json.dumps(truth.dataset)
+def test_metrics_do_not_change_what_they_are_given(ground_truth):
+    detections = perturbed(ground_truth, 1)
+    copies = copy.deepcopy(detections), json.dumps(ground_truth.dataset)
+    first, second = metrics_of(ground_truth, detections), metrics_of(ground_truth, detections)
+    assert first == second and copies[1] == json.dumps(ground_truth.dataset)
     assert same(detections, copies[0])
 
 
@@ -237,26 +237,26 @@ class Oracle:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_detector_that_finds_everything_scores_one(shapes_folder, truth, batch_size):
+def test_a_detector_that_finds_everything_scores_one(shapes_folder, ground_truth, batch_size):
     loader = DataLoader(CocoDataset(shapes_folder, "val2017"), batch_size)
     oracle = Oracle(val_file(shapes_folder))
-    metrics, detections = evaluate(oracle, loader, truth, nms_threshold=0.4)
+    metrics, detections = evaluate(oracle, loader, ground_truth, nms_threshold=0.4)
     assert not oracle.answers  # every picture was shown, those without an object too
     assert oracle.thresholds == {(0.01, 0.4)}  # SSD section 3.7
     assert metrics["AP"] == pytest.approx(1)
-    objects = [a for a in truth.anns.values() if not a["iscrowd"]]
-    assert sorted(detections) == sorted(truth.imgs)
-    results = coco_results(detections, sorted(truth.cats))
+    objects = [a for a in ground_truth.anns.values() if not a["iscrowd"]]
+    assert sorted(detections) == sorted(ground_truth.imgs)
+    results = coco_results(detections, sorted(ground_truth.cats))
     expected = sorted((a["image_id"], *a["bbox"], a["category_id"]) for a in objects)
     rows = sorted((r["image_id"], *r["bbox"], r["category_id"]) for r in results)
     np.testing.assert_allclose(rows, expected, atol=1e-3)
     assert all(0.5 <= r["score"] <= 1 for r in results)
 
 
-def test_a_detector_that_finds_nothing_scores_zero(shapes_folder, truth):
+def test_a_detector_that_finds_nothing_scores_zero(shapes_folder, ground_truth):
     loader = DataLoader(CocoDataset(shapes_folder, "val2017"), 4)
     oracle = Oracle(val_file(shapes_folder), found=False)
-    metrics, detections = evaluate(oracle, loader, truth)
+    metrics, detections = evaluate(oracle, loader, ground_truth)
     assert metrics["AP"] == 0 and not any(len(found["boxes"]) for found in detections.values())
 
 
@@ -265,10 +265,10 @@ def test_large_image_ids_survive(tmp_path):
     image_id = 2**40 + 1
     images = [{"id": image_id, "width": 300, "height": 300}]
     entry = {"id": 1, "image_id": image_id, "category_id": 5, "bbox": [9, 9, 99, 99]}
-    truth = COCO()
-    truth.dataset = {"images": images, "categories": [{"id": 5, "name": "x"}]}
-    truth.dataset["annotations"] = [entry | {"area": 9801, "iscrowd": 0}]
-    truth.createIndex()
+    ground_truth = COCO()
+    ground_truth.dataset = {"images": images, "categories": [{"id": 5, "name": "x"}]}
+    ground_truth.dataset["annotations"] = [entry | {"area": 9801, "iscrowd": 0}]
+    ground_truth.createIndex()
 
     class One:
         category_ids = [5]
@@ -279,7 +279,7 @@ def test_large_image_ids_survive(tmp_path):
 
     pixels = torch.zeros(1, 300, 300, 3, dtype=torch.uint8)
     loader = [(pixels, torch.tensor([image_id]), torch.tensor([[300.0, 300]]))]
-    metrics, detections = evaluate(One(), loader, truth)
+    metrics, detections = evaluate(One(), loader, ground_truth)
     assert metrics["AP"] == pytest.approx(1)
     assert coco_results(detections, [5])[0]["image_id"] == image_id
 
@@ -316,7 +316,11 @@ def run_of(network, optimizer, epoch=0, samples_seen=0):
 def train(model, loader, criterion, first=0, epoch=0, lr=lambda *_: 0.1, amp=False, momentum=0):
     """All that an epoch yields, trained with plain SGD; batches of two."""
     optimizer = torch.optim.SGD(model.parameters(), 123.0, momentum)
-    return train_steps(run_of(model, optimizer, epoch, 2 * first), model, loader, criterion, lr, amp)
+    return steps_of(run_of(model, optimizer, epoch, 2 * first), loader, criterion, lr, amp)
+
+
+def steps_of(run, loader, criterion, lr, amp=False):
+    return train_steps(run, loader, network=run.network, criterion=criterion, learning_rate=lr, amp=amp)
 
 
 def logged(steps):
@@ -362,7 +366,7 @@ def test_a_groups_factor_multiplies_its_learning_rate():
     groups = [{"params": [model.w], "lr_factor": 0.25}, {"params": [model.v], "lr_factor": 1.0}]
     run = run_of(model, torch.optim.SGD(groups, 123.0))
     rates = lambda epoch, iteration: 0.1 * (iteration + 1)  # noqa: E731
-    steps = train_steps(run, model, batches(10), constant_losses, rates)  # gradients 1 and 10
+    steps = steps_of(run, batches(10), constant_losses, rates)  # gradients 1 and 10
     ((_, figures),) = logged(steps)
     total = 0.1 * sum(range(1, 11))
     assert model.w.item() == pytest.approx(-0.25 * total)
@@ -378,7 +382,7 @@ def test_frozen_layers_keep_their_weights_and_statistics():
     targets = torch.zeros(2, 3000, 4), torch.ones(2, 3000, dtype=torch.int64)
     loader = [(torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8), *targets, torch.arange(2))]
     run = run_of(network, make_optimizer(network, 0.01))
-    list(train_steps(run, network, loader, MultiBoxLoss(), lambda *_: 0.01))
+    list(steps_of(run, loader, MultiBoxLoss(), lambda *_: 0.01))
     after = network.state_dict()
     for key in before:
         frozen = key.startswith(("backbone.mean", *(f"backbone.to_stride_16.{n}." for n in range(7))))
@@ -430,7 +434,7 @@ def test_training_sets_training_mode_and_normalizes():
 def test_a_step_is_done_when_it_is_yielded():
     model = Weight()  # a checkpoint saved now has this step in it
     run = run_of(model, torch.optim.SGD(model.parameters(), 123.0), samples_seen=8)
-    steps = train_steps(run, model, batches(3), constant_losses, lambda *_: 0.1)
+    steps = steps_of(run, batches(3), constant_losses, lambda *_: 0.1)
     for done, _ in enumerate(steps, start=1):
         assert model.w.item() == pytest.approx(-1.1 * done, rel=1e-5)
         assert run.samples_seen == 8 + 2 * done

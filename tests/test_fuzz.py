@@ -107,8 +107,8 @@ def test_damaged_annotations(tmp_path, shapes_folder):
         data.check_files(range(len(data)))
         _, loc_targets, cls_targets, _ = data[0, rng.randrange(len(data))]
         assert loc_targets.isfinite().all() and cls_targets.max() < len(data.classes)
-        truth = load_ground_truth(file)
-        assert all(np.isfinite(annotation["bbox"]).all() for annotation in truth.anns.values())
+        ground_truth = load_ground_truth(file)
+        assert all(np.isfinite(annotation["bbox"]).all() for annotation in ground_truth.anns.values())
 
     outcomes = []
     for number in range(FILES):

@@ -49,7 +49,8 @@ def network_of(name, num_classes=4):
 def steps(network, name, scaler, count, amp, size=8):
     """Iterator over `count` training steps: (iteration, figures)."""
     run = Run(name, network, make_optimizer(network, 1e-3), scaler, [], [], {})
-    return train_steps(run, network, [batch(name, size)] * count, MultiBoxLoss(), lambda *_: 1e-3, amp)
+    settings = {"criterion": MultiBoxLoss(), "learning_rate": lambda *_: 1e-3, "amp": amp}
+    return train_steps(run, [batch(name, size)] * count, network=network, **settings)
 
 
 def losses(*args):

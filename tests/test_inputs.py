@@ -115,6 +115,18 @@ def test_two_images_for_one_drawing_are_named(script, tmp_path):
     assert status == 2 and f"{tmp_path}/a.jpg {tmp_path}/a.png" in error and "b.png" not in error
 
 
+def test_an_image_given_twice_is_detected_in_once(script, tmp_path):
+    file = photo(tmp_path / "in/sub/a.jpg")
+    photo(tmp_path / "in/b.jpg")
+    inputs = [file, tmp_path / "in", tmp_path / "in/../in/b.jpg"]
+    status, said, _ = script("test_image.py", "--input", *inputs, "--output", tmp_path / "out")
+    assert status == 0 and said.count(" -> ") == 2
+    assert {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.jpg")} == {
+        "a_prediction.jpg",
+        "b_prediction.jpg",
+    }
+
+
 @pytest.mark.parametrize("output", ["drawn/", "new/drawn/"])
 def test_a_slash_at_its_end_makes_an_output_a_folder(script, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)

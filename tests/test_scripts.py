@@ -108,10 +108,10 @@ def test_the_log_shows_images_with_predictions_beside_the_ground_truth(shapes, t
         assert (first.step, second.step) == (3, 6)
         image = cv2.imdecode(np.frombuffer(first.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
         assert image.shape == (300, 600, 3)
-        truth = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)[:, 300:]
+        ground_truth = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)[:, 300:]
         for box, label in zip(*data.objects(n), strict=True):
             _, top, right, bottom = (300 * box).round().astype(int)
-            edge = truth[top : bottom + 1, min(right, 299)].astype(int)
+            edge = ground_truth[top : bottom + 1, min(right, 299)].astype(int)
             near = abs(edge - class_color(label)).max(axis=1) < 2  # but where a label covers it
             assert near.mean() > 0.5
             boxes += 1
@@ -166,10 +166,10 @@ def test_dataset_script_gives_the_metrics_of_training(shapes, trained, tmp_path,
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     logged = scalars(trained / "log" / "ssdlite")["Test/mAP"][-1].value
     assert metrics["AP"] == pytest.approx(logged, abs=1e-6)
-    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    ground_truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
     detections = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {d["category_id"] for d in detections} <= {c["id"] for c in truth["categories"]}
-    assert {d["image_id"] for d in detections} <= {i["id"] for i in truth["images"]}
+    assert {d["category_id"] for d in detections} <= {c["id"] for c in ground_truth["categories"]}
+    assert {d["image_id"] for d in detections} <= {i["id"] for i in ground_truth["images"]}
     assert set(detections[0]) == {"image_id", "category_id", "bbox", "score"}
     assert len(list((tmp_path / "out").glob("*.jpg"))) == 5
 
@@ -336,6 +336,36 @@ def test_a_named_pipe_is_read(detect, tmp_path):
     assert len(frames) == 6 and rate == pytest.approx(29.97, rel=1e-4)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("frames", [0, 6])
+def test_a_pipe_that_stalls_does_not_hold_the_video_script(tmp_path, number, frames):
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "log", "w+") as log:
+        options = ["--input", tmp_path / "pipe", "--output", tmp_path / "a.avi", "--pretrained-model", SHAPES]
+        command = [sys.executable, ROOT / "test_video.py", *options]
+        process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=log, stderr=log)
+        with open(tmp_path / "pipe", "wb", buffering=0) as pipe:  # waits until the script opens it
+            if frames:
+                make_video(tmp_path / "clip.avi", frames)
+                pipe.write((tmp_path / "clip.avi").read_bytes())
+                while "frame" not in (tmp_path / "log").read_text():  # the progress bar
+                    assert process.poll() is None
+                    time.sleep(0.1)
+            time.sleep(2)
+            process.send_signal(number)
+            try:
+                status = process.wait(20)
+            finally:
+                process.kill()
+        log.seek(0)
+        said = log.read()
+    if frames:  # what was read is written
+        count = len(frames_of(tmp_path / "a.avi"))
+        assert status == 0 and count > 0 and f"{count} frames -> " in said
+    else:
+        assert status == -number and not (tmp_path / "a.avi").exists()
+
+
 def test_the_video_script_says_which_codec_it_wrote(tmp_path):
     make_video(tmp_path / "clip.avi", 2)
     done = run("test_video.py", "--input", tmp_path / "clip.avi", "--pretrained-model", SHAPES)
@@ -443,8 +473,8 @@ JUDGE = """
 import sys
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-truth = COCO(sys.argv[1])
-judge = COCOeval(truth, truth.loadRes(sys.argv[2]), "bbox")
+ground_truth = COCO(sys.argv[1])
+judge = COCOeval(ground_truth, ground_truth.loadRes(sys.argv[2]), "bbox")
 judge.evaluate(), judge.accumulate(), judge.summarize()
 print(*judge.stats.tolist())
 """
@@ -457,8 +487,8 @@ def test_metrics_are_those_of_pycocotools_in_another_process(shapes, tmp_path, m
     options = ["--pretrained-model", checkpoint, "--data-path", shapes, "--num-workers", 0]
     assert run_here(monkeypatch, "test_dataset.py", *options, "--output", tmp_path) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    truth = shapes / "annotations" / "instances_val2017.json"
-    command = [sys.executable, "-c", JUDGE, truth, tmp_path / "detections.json"]
+    ground_truth = shapes / "annotations" / "instances_val2017.json"
+    command = [sys.executable, "-c", JUDGE, ground_truth, tmp_path / "detections.json"]
     said = subprocess.check_output(list(map(str, command)), cwd=tmp_path, text=True)
     stats = list(map(float, said.splitlines()[-1].split()))
     assert [metrics[name] for name in METRICS] == pytest.approx(stats, abs=1e-12)
@@ -691,7 +721,7 @@ def test_a_mistake_takes_one_line_and_status_2(shapes, tmp_path, monkeypatch, ca
             "test_dataset.py",
             "data-path val-set pretrained-model cls-threshold nms-threshold batch-size num-workers amp output",
         ),
-        ("tools/benchmark.py", "repeats amp pictures"),
+        ("tools/benchmark.py", "repeats amp images"),
         ("test_image.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
         ("test_video.py", "input output json pretrained-model cls-threshold nms-threshold amp"),
     ],

@@ -94,7 +94,7 @@ def test_the_schedule_is_said_in_one_line(epochs, multistep, rates):
 @pytest.mark.parametrize("options, mirror", [([], True), (["--no-flip"], False)])
 def test_no_flip_reaches_the_training_set(shapes_folder, monkeypatch, options, mirror):
     monkeypatch.setattr("sys.argv", ["train.py", "--data-path", str(shapes_folder), *options])
-    assert train.open_sets(train.parse_args())[0].mirror == mirror
+    assert train.open_sets(train.parse_args(), resuming=True)[0].mirror == mirror
 
 
 def test_warm_up_may_outlast_the_first_epoch_or_be_left_out():
@@ -196,7 +196,7 @@ def spied_main(rank, world_size, port, options, maps, file):
     torch.set_num_threads(1)
     seen, results = [], iter(maps)
 
-    def train_steps(run, network, loader, _, learning_rate, amp):
+    def train_steps(run, loader, network, criterion, learning_rate, amp):
         for buffer in network.buffers():  # as if this process had seen images of its own
             buffer.fill_(distributed.rank() + 1)
         ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
@@ -211,10 +211,10 @@ def spied_main(rank, world_size, port, options, maps, file):
         seen[-1]["detector_amp"] = amp
         seen[-1]["frozen"] = [name for name, p in network.named_parameters() if not p.requires_grad]
 
-    def evaluate(detector, loader, truth, nms_threshold):
+    def evaluate(detector, loader, ground_truth, nms_threshold):
         seen[-1]["val_ids"] = [image_id for batch in loader for image_id in batch[1].tolist()]
         seen[-1]["nms_threshold"] = nms_threshold
-        return dict.fromkeys(METRICS, next(results)), None
+        return dict.fromkeys(METRICS, next(results)), {}
 
     train.train_steps, train.Detector, train.evaluate = train_steps, detector, evaluate
     train.write_evaluation = lambda *_: None
@@ -277,11 +277,14 @@ def test_the_option_of_torch_distributed_launch_is_taken(monkeypatch):
     assert not hasattr(train.parse_args(), "local_rank")  # LOCAL_RANK is used; resuming does not compare it
 
 
-def test_random_weights_are_not_frozen(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train.py", "--freeze", "--no-pretrained-backbone"])
+@pytest.mark.parametrize(
+    "options, error", [("--freeze --no-pretrained-backbone", "random weights"), ("--device mps --amp", "leave it out")]
+)
+def test_options_that_do_not_go_together(monkeypatch, capsys, options, error):
+    monkeypatch.setattr("sys.argv", ["train.py", *options.split()])
     with pytest.raises(SystemExit):
         train.parse_args()
-    assert "random weights" in capsys.readouterr().err
+    assert error in capsys.readouterr().err
 
 
 def test_a_validation_set_without_a_box_keeps_the_latest_as_best(run_main, tmp_path):
@@ -295,30 +298,29 @@ class OneCup:
     """A validation set of one image, on which there is one cup, the only category."""
 
     category_ids = [44]
+    size = 300
 
     def __len__(self):
         return 1
 
     def __getitem__(self, index):
-        return (np.zeros((300, 300, 3), np.uint8),)
+        return np.zeros((300, 300, 3), np.uint8), np.int64(7), np.array([600, 900], np.float32)
 
     def objects(self, index):
         return np.array([[0.2, 0.2, 0.8, 0.8]], np.float32), np.array([1])
 
 
-def test_truth_of_a_set_with_fewer_categories_has_their_colors():
+def test_logged_images_have_what_was_found_and_a_smaller_sets_ground_truth():
     drawn = []
     log = SimpleNamespace(add_image=lambda tag, image, *_, **__: drawn.append(image))
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
-    detector = SimpleNamespace(
-        size=300,
-        classes=["background", "cat", "dog", "cup"],
-        category_ids=[2, 7, 44],
-        detect_resized=lambda *_, **__: [nothing],
-    )
-    write_images(log, detector, OneCup(), 0)
-    edge = drawn[0][61:240, 300 + 240]  # the right edge of the box, in the right half
-    assert (edge == class_color(3)).all(axis=1).mean() > 0.9
+    boxes = torch.tensor([[120.0, 180, 480, 720], [0, 0, 600, 900]])  # in pixels of the file, 600 x 900
+    found = {"boxes": boxes, "labels": torch.tensor([2, 1]), "scores": torch.tensor([0.9, 0.2])}
+    run = SimpleNamespace(classes=["background", "cat", "dog", "cup"], category_ids=[2, 7, 44])
+    write_images(log, {7: found}, OneCup(), run, 0)
+    for left, label in ((0, 2), (300, 3)):  # found, and to its right the ground truth, whose only category is the third
+        edge = drawn[0][61:240, left + 240]  # the right edge of the box
+        assert (edge == class_color(label)).all(axis=1).mean() > 0.9
+    assert not (drawn[0] == class_color(1)).all(axis=2).any()  # scores too little
 
 
 def test_main_leaves_amp_and_zoom_out_off(run_main):

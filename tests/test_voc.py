@@ -91,10 +91,10 @@ def test_difficult_objects_are_trained_on_but_not_evaluated(kit, monkeypatch):
     data = CocoDataset(out, "train")
     assert "cat" in objects_of(data, 0)
     assert data.repairs == {"difficult objects not evaluated": 1}
-    truth = load_ground_truth(data.annotation_file)
-    rows = [[a["image_id"], *a["bbox"], 1, a["category_id"]] for a in truth.dataset["annotations"]]
+    ground_truth = load_ground_truth(data.annotation_file)
+    rows = [[a["image_id"], *a["bbox"], 1, a["category_id"]] for a in ground_truth.dataset["annotations"]]
     every, without = (
-        compute_metrics(truth, as_detections(found, data.category_ids), data.category_ids)
+        compute_metrics(ground_truth, as_detections(found, data.category_ids), data.category_ids)
         for found in (rows, [r for r in rows if r[:2] != [1, 0]])
     )
     assert every["AP"] == without["AP"] == pytest.approx(1)

@@ -12,7 +12,7 @@ from src.engine import class_table, metrics_table
 from src.voc_metric import area_ap, eleven_point_ap, has_difficult, right_or_wrong, voc_metrics
 
 
-def truth(*objects, names=("cat", "dog")):
+def ground_truth(*objects, names=("cat", "dog")):
     """pycocotools' COCO of objects (image id, category id, bbox, difficult)."""
     keys = ("image_id", "category_id", "bbox", "difficult")
     annotations = [dict(zip(keys, one, strict=True)) | {"id": n} for n, one in enumerate(objects, start=1)]
@@ -34,7 +34,7 @@ def results(rows):
 
 def judged(objects, *detections):
     """What `right_or_wrong` says of detections of class 1."""
-    return right_or_wrong(results(detections), truth(*objects).dataset["annotations"]).tolist()
+    return right_or_wrong(results(detections), ground_truth(*objects).dataset["annotations"]).tolist()
 
 
 BOX, SAME_BY_HALF = [10, 10, 40, 40], [10, 10, 40, 80]  # IoU exactly 0.5
@@ -96,7 +96,7 @@ def test_each_recall_of_the_eleven_is_reached_exactly(tenths):
 def test_classes_and_their_mean():
     objects = [(1, 1, BOX, 0), (1, 2, BOX, 0), (2, 2, BOX, 0), (2, 3, BOX, 1)]
     found = results([row(1, BOX, 0.9, 1), row(1, BOX, 0.8, 2), row(2, BOX, 0.8, 3)])
-    metrics = voc_metrics(truth(*objects, names=("cat", "dog", "only difficult", "absent")), found)
+    metrics = voc_metrics(ground_truth(*objects, names=("cat", "dog", "only difficult", "absent")), found)
     assert metrics["VOC07"]["per_class"] == pytest.approx({"cat": 1, "dog": 6 / 11})
     assert metrics["VOC10"]["per_class"] == pytest.approx({"cat": 1, "dog": 1 / 2})
     assert metrics["VOC07"]["mAP"] == pytest.approx((1 + 6 / 11) / 2)
@@ -106,8 +106,8 @@ def test_classes_and_their_mean():
 
 def test_nothing_to_find_and_nothing_found():
     nothing = []
-    assert voc_metrics(truth((1, 1, BOX, 1)), nothing)["VOC07"] == {"mAP": -1, "per_class": {}}
-    assert voc_metrics(truth((1, 1, BOX, 0)), nothing)["VOC10"] == {"mAP": 0, "per_class": {"cat": 0}}
+    assert voc_metrics(ground_truth((1, 1, BOX, 1)), nothing)["VOC07"] == {"mAP": -1, "per_class": {}}
+    assert voc_metrics(ground_truth((1, 1, BOX, 0)), nothing)["VOC10"] == {"mAP": 0, "per_class": {"cat": 0}}
 
 
 def random_case(seed, difficult, images=20):
@@ -133,7 +133,7 @@ def random_case(seed, difficult, images=20):
 def test_equals_an_independent_implementation(seed, difficult):
     """mean_average_precision mixes up `difficult` where an image has several objects of a class, so none has."""
     objects, found = random_case(seed, difficult)
-    metrics = voc_metrics(truth(*objects, names=("a", "b", "c")), results(found))
+    metrics = voc_metrics(ground_truth(*objects, names=("a", "b", "c")), results(found))
     assert 0.05 < metrics["VOC07"]["mAP"] < 0.95
     peer = MetricBuilder.build_evaluation_metric("map_2d", num_classes=3)
     for image in sorted({int(i) for i in found[:, 0]} | {one[0] for one in objects}):
@@ -155,7 +155,7 @@ def test_equals_an_independent_implementation(seed, difficult):
 
 
 def test_only_sets_with_difficult_have_the_metric(tmp_path):
-    assert has_difficult(truth((1, 1, BOX, 0)))
+    assert has_difficult(ground_truth((1, 1, BOX, 0)))
     assert not has_difficult(as_coco(json.loads(small_dataset(tmp_path).read_text())))
 
 

@@ -53,12 +53,11 @@ REFERENCE_COLORS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
     positive = usage.number(int, 1)
     parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings per stage")
     parser.add_argument("--amp", action="store_true", help="ours in mixed precision; the reference stays in float32")
-    parser.add_argument("--pictures", type=positive, default=50, help="images of the validation stage")
+    parser.add_argument("--images", type=positive, default=50, help="of the validation stage")
     return parser.parse_args()
 
 
@@ -100,7 +99,8 @@ def reference_sample(path, boxes, labels, default_boxes, rng):
 
 def reference_nms(boxes, scores, threshold):
     """Indices of the boxes kept; greedy, one box at a time."""
-    order, keep = scores.argsort(descending=True), []
+    order = scores.argsort(descending=True)
+    keep = []
     while len(order):
         keep.append(order[0])
         order = order[1:][box_iou(boxes[order[:1]], boxes[order[1:]])[0] <= threshold]
@@ -237,7 +237,8 @@ def network_of(name, device):
 
 def inference(args, device, limit, name, batch):
     """A forward pass, and the whole call from pixels to detections."""
-    network, default_boxes = network_of(name, device), make_default_boxes(name)
+    network = network_of(name, device)
+    default_boxes = make_default_boxes(name)
     detector = Detector(network, name, NAMES, IDS, device, args.amp)
     images = torch.randn(batch, 3, 300, 300, device=device)
     fast = images.to(detector.dtype, memory_format=torch.channels_last)
@@ -257,7 +258,7 @@ def inference(args, device, limit, name, batch):
             args.repeats,
             operations(network, images) / limit,
         )
-        found = sum(len(one["scores"]) for one in detector(pixels))
+        found = sum(len(detections["scores"]) for detections in detector(pixels))
         stage = f"{name} batch {batch}, pixels to {found} detections"
         compare(stage, batch, reference, lambda: detector(pixels), args.repeats)
 
@@ -318,10 +319,10 @@ def training_step(args, device, name, layout=torch.channels_last):
     scaler = torch.amp.GradScaler(device, enabled=args.amp and device == "cuda")
     run = Run(name, network, make_optimizer(network, 1e-4), scaler, [], [], {})
     loader = [batch_of(name)]
-    criterion = MultiBoxLoss()
+    settings = {"criterion": MultiBoxLoss(), "learning_rate": lambda *_: 1e-4, "amp": args.amp}
 
     def step():
-        epoch = train_steps(run, network, loader, criterion, lambda *_: 1e-4, args.amp)
+        epoch = train_steps(run, loader, network=network, **settings)
         cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # as train.py has it
         with cudnn, contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             list(epoch)
@@ -345,7 +346,8 @@ def layouts(args, device, name):
 
 def training(args, device, name):
     """A training step with a batch of 8, and the loss alone."""
-    network, criterion = network_of(name, device).train(), MultiBoxLoss()
+    network = network_of(name, device).train()
+    criterion = MultiBoxLoss()
     targets = [t.to(device) for t in batch_of(name)[1:3]]
     images = torch.randn(8, 3, 300, 300, device=device)
     sgd = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4, foreach=False)
@@ -372,7 +374,7 @@ def training(args, device, name):
 def validation(args, device, folder, name):
     """Evaluating a whole set: images in, COCO metrics out."""
     data = CocoDataset(folder, "val2017")
-    truth = load_ground_truth(data.annotation_file)
+    ground_truth = load_ground_truth(data.annotation_file)
     network = network_of(name, device)
     names = [*data.classes, *map(str, range(CLASSES - len(data.classes)))]
     ids = [*data.category_ids, *range(100, 100 + CLASSES - len(data.classes))]
@@ -390,12 +392,12 @@ def validation(args, device, folder, name):
             boxes = found[:, :4] * torch.tensor([image.width, image.height] * 2)
             scores, labels = found[:, 4], found[:, 5].long()
             detections[int(data.image_ids[index])] = {"boxes": boxes, "labels": labels, "scores": scores}
-        compute_metrics(truth, detections, ids)
+        compute_metrics(ground_truth, detections, ids)
 
     def ours():
         detector = Detector(network, name, names, ids, device, args.amp)
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-            evaluate(detector, loader, truth)
+            evaluate(detector, loader, ground_truth)
 
     compare(f"{name} validation of {len(data)} images", len(data), reference, ours, 3)
 
@@ -416,7 +418,8 @@ def torchvision_peer():
 
 def export_onnx(network, folder):
     """Write a network's ONNX file with export.py; return its path."""
-    checkpoint, file = folder / "ssdlite.pth", folder / "ssdlite.onnx"
+    checkpoint = folder / "ssdlite.pth"
+    file = folder / "ssdlite.onnx"
     state = {"model": "ssdlite", "model_state_dict": network.state_dict()}
     save_checkpoint(checkpoint, state | {"classes": NAMES, "category_ids": IDS})
     command = [sys.executable, "export.py", "--pretrained-model", checkpoint, "--output", file]
@@ -431,19 +434,22 @@ def deployment(args, folder):
     except ModuleNotFoundError:
         print("\nONNX Runtime is missing, not timed: pip install -r requirements-export.txt")
         return
-    network, peer = network_of("ssdlite", "cpu"), torchvision_peer()
+    network = network_of("ssdlite", "cpu")
+    peer = torchvision_peer()
     detector = Detector(network, "ssdlite", NAMES, IDS, "cpu")
     half = Detector(network, "ssdlite", NAMES, IDS, "cpu", amp=True)
     file = export_onnx(network, folder)
     (pixels,) = drawn_images(1)
     inputs = {"image": pixels, "score_threshold": np.array(0.01, np.float32)}  # Detector's own
-    found, theirs = (len(one["scores"]) for (one,) in (detector([pixels]), peer([to_tensor(pixels)])))
+    found = len(detector([pixels])[0]["scores"])
+    theirs = len(peer([to_tensor(pixels)])[0]["scores"])
     print(f"\n{f'ssdlite batch 1, pixels to {found} detections':42} {'threads':>9} {'ms':>9} {'ratio':>9}")
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
         session = onnxruntime.InferenceSession(file, options)
         ways = {
             "Detector, float32": lambda: detector([pixels]),
@@ -461,7 +467,6 @@ def deployment(args, folder):
 
 
 def main():
-    """Print the table."""
     args = parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = torch.get_autocast_dtype(device) if args.amp else torch.float32
@@ -483,7 +488,7 @@ def main():
             inference(args, device, limit, name, batch)
         for name in ("ssd", "ssdlite"):
             training(args, device, name)
-        shapes.make_dataset(folder, train=0, val=args.pictures)
+        shapes.make_dataset(folder, train=0, val=args.images)
         for name in ("ssd", "ssdlite"):
             validation(args, device, folder, name)
         deployment(args, Path(folder))

@@ -20,7 +20,6 @@ from tools.voc import link_images
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("file", metavar="ALL.json", help="annotations of all images")
@@ -32,12 +31,12 @@ def parse_args():
 
 
 def main():
-    """Read, draw, write both sets."""
     args = parse_args()
     if not os.path.isfile(args.file):
         raise UserError(f"{args.file}: no such file")
     data, repairs = read_annotations(args.file)
-    images, out = sorted(data["images"], key=lambda image: image["id"]), Path(args.out)
+    images = sorted(data["images"], key=lambda image: image["id"])
+    out = Path(args.out)
     folder = Path(args.images or Path(args.file).parent)
     check_images(images, folder)
     for name in ("train", "val"):
@@ -84,7 +83,8 @@ def without_groups(categories, used):
 def draw(images, annotations, share, rng):
     """Ids of the images for val: a share of all, and of each class's images at least one, but not all."""
     ids = rng.permutation([image["id"] for image in images]).tolist()
-    of_class, train, val = defaultdict(set), set(), set()
+    of_class = defaultdict(set)
+    train, val = set(), set()
     for annotation in annotations:
         of_class[annotation["category_id"]].add(annotation["image_id"])
     for members in sorted(of_class.values(), key=len):  # the rarest first; of a single image train has it

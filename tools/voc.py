@@ -24,7 +24,6 @@ from src.usage import UserError
 
 
 def parse_args():
-    """The command line."""
     parser = usage.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("devkit", metavar="VOCDEVKIT", help="folder that holds VOC2007 and so on")

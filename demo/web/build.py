@@ -139,7 +139,6 @@ def credited_photos():
 
 
 def main():
-    """Download, export, copy."""
     parser = usage.ArgumentParser(description=__doc__)
     parser.add_argument("--pretrained-model", default=CHECKPOINT, help="checkpoint")
     parser.add_argument("--output", default=HERE / "dist", help="folder")
