@@ -49,6 +49,16 @@ def name_for_opencv(option, path):
     return usage.utf8(option, path if is_stream(path) else os.path.abspath(path))
 
 
+def default_output(source):
+    """Where the video goes unless --output says it: beside the input; that of a stream, into the current folder."""
+    path = Path(source)
+    stem = path.stem
+    if not path.exists():
+        stem = re.sub(r"_?%\d*d", "", stem) or "images"  # without the number of an image
+    file = f"{stem}_prediction.mp4"
+    return file if is_stream(source) else path.with_name(file)
+
+
 def open_video(source):
     """The opened video and its first frame (H, W, 3) uint8 BGR, upright."""
     exists = os.path.exists(source)
@@ -137,14 +147,7 @@ def main():
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     video, frame = open_video(args.input)
-    default = Path(args.input)
-    stem = default.stem
-    if not default.exists():
-        stem = re.sub(r"_?%\d*d", "", stem) or "images"  # without the number of an image
-    default = default.with_name(f"{stem}_prediction.mp4")
-    if is_stream(args.input):
-        default = default.name  # in the current folder
-    output = Path(args.output or default)
+    output = Path(args.output or default_output(args.input))
     if output.suffix.lower() not in CODECS:
         raise UserError(f"--output {output}: unknown video type; end it in .mp4 or .avi")
     written = [("--output", args.output or output)]
