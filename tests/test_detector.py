@@ -1,4 +1,4 @@
-"""src.detector: folding changes nothing, and pixel boxes come out where the picture has them."""
+"""src.detector: folding changes nothing, and pixel boxes come out where the image has them."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def make_detector(model, name, **options):
     return Detector(model, name, CLASSES, list(range(1, 8)), device="cpu", **options)
 
 
-def pictures():
+def some_images():
     """Pictures of SIZES, in colors."""
     return [
         np.ascontiguousarray(image(seed, max(size))[: size[0], : size[1]])
@@ -67,7 +67,7 @@ def test_the_original_model_is_left_as_it_was(name, models):
     model = copy.deepcopy(models[name]).train()
     before = copy.deepcopy(model.state_dict())
     detector = make_detector(model, name, amp=True)
-    detector(pictures()[:1])
+    detector(some_images()[:1])
     assert model.training
     assert batch_norms(model) == batch_norms(models[name]) and batch_norms(detector.network) == 0
     after = model.state_dict()
@@ -77,8 +77,8 @@ def test_the_original_model_is_left_as_it_was(name, models):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_detections_lie_inside_each_picture(name, detectors):
-    found = detectors[name](pictures(), score_threshold=0.2)
+def test_detections_lie_inside_each_image(name, detectors):
+    found = detectors[name](some_images(), score_threshold=0.2)
     assert len(found) == len(SIZES)
     for one, (height, width) in zip(found, SIZES, strict=True):
         boxes, labels, scores = one["boxes"], one["labels"], one["scores"]
@@ -93,24 +93,24 @@ def test_detections_lie_inside_each_picture(name, detectors):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_list_of_pictures_equals_each_alone(name, detectors):
-    images = pictures()[:2]
+def test_a_list_of_images_equals_each_alone(name, detectors):
+    images = some_images()[:2]
     together = detectors[name](images, score_threshold=0.3)
-    for one, picture in zip(together, images, strict=True):
-        (alone,) = detectors[name]([picture], score_threshold=0.3)
+    for one, pixels in zip(together, images, strict=True):
+        (alone,) = detectors[name]([pixels], score_threshold=0.3)
         assert len(alone["scores"]) > 5
         assert one["labels"].tolist() == alone["labels"].tolist()
         assert_close(one["boxes"], alone["boxes"], rtol=0, atol=0.01)
         assert_close(one["scores"], alone["scores"], rtol=0, atol=1e-4)
 
 
-def test_no_pictures_no_detections(detectors):
+def test_no_images_no_detections(detectors):
     assert detectors["ssdlite"]([]) == []
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("level", [0, 255])
-def test_black_and_white_pictures(name, level, detectors):
+def test_black_and_white_images(name, level, detectors):
     (found,) = detectors[name]([np.full((40, 60, 3), level, np.uint8)])
     assert found["boxes"].shape == (len(found["scores"]), 4)
     assert found["boxes"].isfinite().all() and found["scores"].isfinite().all()
@@ -125,7 +125,7 @@ def test_half_precision_roughly_agrees(name, models, detectors):
         outputs = zip(detectors[name].network(x), half.network(x.bfloat16()), strict=True)
         for exact, rough in outputs:
             assert (rough.float() - exact).norm() < 0.03 * exact.norm()
-    (exact,), (rough,) = detectors[name](pictures()[:1]), half(pictures()[:1])
+    (exact,), (rough,) = detectors[name](some_images()[:1]), half(some_images()[:1])
     assert rough["boxes"].dtype == rough["scores"].dtype == torch.float32
     for k in range(10):  # NMS may choose otherwise among near-equals
         same = rough["labels"] == exact["labels"][k]
@@ -172,9 +172,9 @@ class Brightest(nn.Module):
 @pytest.mark.parametrize("row, column", [(2, 5), (4, 35), (35, 3), (20, 20)])
 def test_a_bright_spot_is_found_where_it_is(row, column):
     height, width = 150, 600  # half and twice the network's size, where a cell is 8 pixels
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[row * 4 : row * 4 + 4, column * 16 : column * 16 + 16] = 255
-    (found,) = make_detector(Brightest(), "ssd")([picture], score_threshold=0.5)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[row * 4 : row * 4 + 4, column * 16 : column * 16 + 16] = 255
+    (found,) = make_detector(Brightest(), "ssd")([image], score_threshold=0.5)
     x, y = column * 16 + 8, row * 4 + 2
     expected = [[x - 21, y - 5.25, x + 21, y + 5.25]]  # the smallest default box: 21 of 300 pixels
     assert_close(found["boxes"], torch.tensor(expected), rtol=0, atol=1e-3)
@@ -186,7 +186,7 @@ def test_a_loaded_detector_is_the_one_that_was_saved(tmp_path, models, detectors
     torch.save(state | {"classes": CLASSES, "category_ids": [2, 3, 5, 7, 11, 13, 17]}, path)
     loaded = Detector.load(path, device="cpu")
     assert loaded.classes == CLASSES and loaded.category_ids == [2, 3, 5, 7, 11, 13, 17]
-    expected, found = (d(pictures()[:1])[0] for d in (detectors["ssdlite"], loaded))
+    expected, found = (d(some_images()[:1])[0] for d in (detectors["ssdlite"], loaded))
     for key in expected:
         assert torch.equal(found[key], expected[key])
 
@@ -275,7 +275,7 @@ def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slow(monkeypatch, machine, 
     assert amp_note(torch.device("cuda"), amp=True) == ""
 
 
-def test_record_names_labels_and_the_pictures_size():
+def test_record_names_labels_and_the_images_size():
     found = {"boxes": torch.tensor([[1.0, 2, 3, 4]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5])}
     assert json_entry(np.zeros((20, 30, 3), np.uint8), found, CLASSES) == {
         "width": 30,

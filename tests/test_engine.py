@@ -45,7 +45,7 @@ def val_file(folder):
 
 @pytest.fixture(scope="module")
 def ground_truth(shapes_folder):
-    """Ground truth with a crowd and a picture without objects."""
+    """Ground truth with a crowd and a image without objects."""
     coco = load_ground_truth(val_file(shapes_folder))
     assert any(a["iscrowd"] for a in coco.anns.values())
     assert any(not coco.getAnnIds([image]) for image in coco.imgs)
@@ -241,7 +241,7 @@ def test_a_detector_that_finds_everything_scores_one(shapes_folder, ground_truth
     loader = DataLoader(CocoDataset(shapes_folder, "val2017"), batch_size)
     oracle = Oracle(val_file(shapes_folder))
     metrics, detections = evaluate(oracle, loader, ground_truth, nms_threshold=0.4)
-    assert not oracle.answers  # every picture was shown, those without an object too
+    assert not oracle.answers  # every image was shown, those without an object too
     assert oracle.thresholds == {(0.01, 0.4)}  # SSD section 3.7
     assert metrics["AP"] == pytest.approx(1)
     objects = [a for a in ground_truth.anns.values() if not a["iscrowd"]]

@@ -122,7 +122,7 @@ def test_damaged_annotations(tmp_path, shapes_folder):
 
 
 def pictures():
-    """One small file in each of the formats that people keep pictures in."""
+    """One small file in each of the formats that people keep images in."""
     ramp = np.add.outer(np.arange(40), np.arange(50))[..., None] * [1, 2, 3] % 256
     picture = Image.fromarray(ramp.astype(np.uint8))
     exif = Image.Exif()
@@ -144,7 +144,7 @@ def pictures():
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow and libtiff say what they think of such files
-def test_damaged_pictures(tmp_path):
+def test_damaged_images(tmp_path):
     rng, files, outcomes = random.Random(1), list(pictures()), []
     path = tmp_path / "picture"
     for number in range(FILES):

@@ -20,7 +20,7 @@ TRAIN, VAL = 32, 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A data set of 32 + 6 pictures."""
+    """A data set of 32 + 6 images."""
     path = tmp_path_factory.mktemp("shapes")
     shapes.make_dataset(path, train=TRAIN, val=VAL, seed=0)
     return path
@@ -58,7 +58,7 @@ def label_map(items, width, height, scale=3):
     return labels
 
 
-def test_same_seed_same_bytes_other_seed_other_pictures(folder, tmp_path):
+def test_same_seed_same_bytes_other_seed_other_images(folder, tmp_path):
     shapes.make_dataset(tmp_path / "again", train=TRAIN, val=VAL, seed=0)
     shapes.make_dataset(tmp_path / "other", train=TRAIN, val=VAL, seed=1)
     old, again, other = (contents(p) for p in (folder, tmp_path / "again", tmp_path / "other"))
@@ -67,16 +67,16 @@ def test_same_seed_same_bytes_other_seed_other_pictures(folder, tmp_path):
     assert not any(old[name] == other[name] for name in old)
 
 
-def test_picture_does_not_depend_on_the_count(folder, tmp_path):
+def test_image_does_not_depend_on_the_count(folder, tmp_path):
     shapes.make_dataset(tmp_path, train=7, val=2, seed=0)
     few, many = contents(tmp_path), contents(folder)
-    pictures = [name for name in few if name.endswith(".jpg")]
-    assert len(pictures) == 9
-    assert all(few[name] == many[name] for name in pictures)
+    images = [name for name in few if name.endswith(".jpg")]
+    assert len(images) == 9
+    assert all(few[name] == many[name] for name in images)
     small = json.loads(few["annotations/instances_train2017.json"])
     large = json.loads(many["annotations/instances_train2017.json"])
     assert small["annotations"] == large["annotations"][: len(small["annotations"])]
-    assert len({few[name] for name in pictures}) == 9  # the splits share no picture
+    assert len({few[name] for name in images}) == 9  # the splits share no image
 
 
 def test_files_and_ids_are_those_of_coco(folder, coco):
@@ -95,7 +95,7 @@ def test_files_and_ids_are_those_of_coco(folder, coco):
         assert 240 <= min(image.shape[:2]) and max(image.shape[:2]) <= 640
 
 
-def test_empty_pictures_and_crowds_are_there(folder, coco):
+def test_empty_images_and_crowds_are_there(folder, coco):
     for split in (coco, COCO(folder / "annotations/instances_val2017.json")):
         counts = [len(split.getAnnIds([i])) for i in split.imgs]
         crowds = [a for a in split.anns.values() if a["iscrowd"]]

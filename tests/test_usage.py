@@ -110,7 +110,7 @@ def test_a_users_error_is_one_line_and_status_2(capsys):
 
 
 class Broken(Dataset):
-    """A data set of which one picture cannot be read."""
+    """A data set of which one image cannot be read."""
 
     def __len__(self):
         return 4
@@ -193,7 +193,7 @@ def test_a_parser_is_described_by_the_first_line_of_a_docstring_that_there_may_n
 # check_writable, prepare_outputs
 
 
-def test_make_writable_makes_the_folder_and_no_file(tmp_path):
+def test_check_writable_makes_the_folder_and_no_file(tmp_path):
     usage.check_writable("--output", tmp_path / "new" / "a.json")
     usage.check_writable("--output", str(tmp_path / "b.json"))
     usage.check_writable("--output", tmp_path / "new" / "several" / "levels" / "deep" / "c.json")
@@ -218,13 +218,13 @@ def test_outputs_are_apart_from_one_another_and_from_inputs(tmp_path, monkeypatc
     assert Path("in.txt").read_text() == "input" and Path("new").is_dir()
 
 
-def test_make_writable_keeps_an_old_file(tmp_path):
+def test_check_writable_keeps_an_old_file(tmp_path):
     (tmp_path / "a.json").write_text("old")
     usage.check_writable("--output", tmp_path / "a.json")
     assert (tmp_path / "a.json").read_text() == "old"
 
 
-def test_make_writable_refuses_what_cannot_be_a_file(tmp_path):
+def test_check_writable_refuses_what_cannot_be_a_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
     for path in ("folder", "file/a.json", "file/deeper/a.json", "x" * 300 + "/a.json"):
@@ -236,7 +236,7 @@ def test_make_writable_refuses_what_cannot_be_a_file(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def test_make_writable_refuses_what_is_read_only(tmp_path):
+def test_check_writable_refuses_what_is_read_only(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (tmp_path / "a.json").write_text("")

@@ -18,7 +18,7 @@ def draw(boxes, labels, scores=None, classes=CLASSES, size=(200, 300)):
 
 
 def changed(picture):
-    """Where a drawn picture differs from the empty canvas, (H, W) bool."""
+    """Where a drawn image differs from the empty canvas, (H, W) bool."""
     return (picture != GRAY).any(axis=2)
 
 
@@ -27,7 +27,7 @@ def ink(picture, label):
     return changed(picture) & (picture != class_color(label)).any(axis=2)
 
 
-def test_no_detections_leave_the_picture_as_it_is():
+def test_no_detections_leave_the_image_as_it_is():
     assert np.array_equal(draw([], [], []), canvas())
     assert np.array_equal(draw([], [], None), canvas())
 
@@ -133,7 +133,7 @@ def test_the_best_detection_is_drawn_on_top():
 
 
 def borders(height, width, side):
-    """A box at each corner and border of a picture, and one that fills it."""
+    """A box at each corner and border of a image, and one that fills it."""
     xs, ys = [(0, side), (width - side, width)], [(0, side), (height - side, height)]
     xs, ys = [*xs, (width // 2, width // 2 + side)], [*ys, (height // 2, height // 2 + side)]
     boxes = [(x1, y1, x2, y2) for x1, x2 in xs for y1, y2 in ys]
@@ -170,19 +170,19 @@ def test_labels_do_not_cover_one_another(boxes):
     assert (changed(out) & ~np.any(colors, axis=0)).sum() == alone
 
 
-def test_labels_without_room_stay_in_the_picture():
+def test_labels_without_room_stay_in_the_image():
     out = draw([[10, 20, 60, 38]] * 9, [1] * 9, None, CLASSES, (40, 70))
     assert np.array_equal(out, draw([[10, 20, 60, 38]] * 3, [1] * 3, None, CLASSES, (40, 70)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20, 20), (8, 300), (300, 8)])
-def test_tiny_pictures_are_drawn_on(size):
+def test_tiny_images_are_drawn_on(size):
     for box in borders(*size, 5):
         out = draw([box], [1], [0.5], CLASSES, size)
         assert out.shape == (*size, 3) and changed(out).any()
 
 
-def test_type_stays_inside_a_tiny_picture_from_top_to_bottom():
+def test_type_stays_inside_a_tiny_image_from_top_to_bottom():
     # A name of one letter fits into 20 x 20 pixels, wherever its box is.
     whole = ink(draw([[5, 18, 20, 20]], [1], None, ["", "x"], (20, 20)), 1)
     assert whole.any()
@@ -190,7 +190,7 @@ def test_type_stays_inside_a_tiny_picture_from_top_to_bottom():
         assert ink(draw([box], [1], None, ["", "x"], (20, 20)), 1).sum() == whole.sum()
 
 
-def test_lines_and_type_scale_with_the_picture():
+def test_lines_and_type_scale_with_the_image():
     heights = []
     for scale in (1, 4):
         size = (300 * scale, 300 * scale)
