@@ -98,13 +98,13 @@ class Exported(nn.Module):
 
 
 def export(detector, network_only=False):
-    """Return the ONNX program (onnx.ModelProto) of a Detector on the CPU, in float32; or of its network alone."""
+    """Return the ONNX model (onnx.ModelProto) of a Detector on the CPU, in float32; or of its network alone."""
     network = Exported(detector).eval()
     dtype = torch.float32 if network_only else torch.uint8
     pixels = torch.zeros(1, detector.size, detector.size, 3, dtype=dtype)
     normalize(pixels)  # which keeps its constants: real ones, not the tracer's
     outputs = ["boxes", "scores"] if network_only else ["all_boxes", "all_scores"]
-    exported = torch.onnx.export(
+    program = torch.onnx.export(
         network,
         (pixels,),
         dynamo=True,
@@ -113,9 +113,9 @@ def export(detector, network_only=False):
         input_names=["pixels"],
         output_names=outputs,
     )
-    program = exported.model_proto
-    program.ir_version = IR_VERSION
-    for node in program.graph.node:
+    onnx_model = program.model_proto
+    onnx_model.ir_version = IR_VERSION
+    for node in onnx_model.graph.node:
         node.ClearField("metadata_props")  # paths and lines of the source on this machine
     if not network_only:
         before, after = BEFORE, AFTER
@@ -123,13 +123,13 @@ def export(detector, network_only=False):
         for name, value in values.items():
             before, after = (text.replace(name, str(value)) for text in (before, after))
         before, after = (onnx.parser.parse_model(HEADER + text) for text in (before, after))
-        program = onnx.compose.merge_models(before, program, [("pixels", "pixels")])
-        program = onnx.compose.merge_models(program, after, [(name, name) for name in (*outputs, "shape")])
-        del program.opset_import[1:]  # merging repeats it
+        onnx_model = onnx.compose.merge_models(before, onnx_model, [("pixels", "pixels")])
+        onnx_model = onnx.compose.merge_models(onnx_model, after, [(name, name) for name in (*outputs, "shape")])
+        del onnx_model.opset_import[1:]  # merging repeats it
     about = {"model": detector.name, "classes": json.dumps(detector.classes)}
-    onnx.helper.set_model_props(program, about)
-    onnx.checker.check_model(program, full_check=True)
-    return program
+    onnx.helper.set_model_props(onnx_model, about)
+    onnx.checker.check_model(onnx_model, full_check=True)
+    return onnx_model
 
 
 def main():

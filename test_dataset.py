@@ -50,7 +50,7 @@ def main():
     usage.prepare_outputs([("--output", output / name) for name in names], inputs)
     ground_truth = load_ground_truth(dataset.annotation_file)
     detections = {}
-    errors = []  # of drawing: first the other images, and the metrics
+    errors = []  # of drawing; reported after the other images and the metrics
     draw = partial(draw_to, output, detector.classes, args.cls_threshold)
     with ThreadPoolExecutor(max(1, args.num_workers)) as pool:
         for first in tqdm(range(0, len(dataset), args.batch_size), "detect", leave=False):
@@ -73,7 +73,7 @@ def main():
 
 
 def draw_to(output, classes, threshold, image_id, image, found):
-    """Draw what scores above `threshold` in an image to the folder `output`; returns an error's text, if any."""
+    """Draw what scores above `threshold` in an image to the folder `output`; returns an error message, or None."""
     file = output / f"{image_id}.jpg"
     try:
         save_image(draw_detections(image, **above(threshold, found), classes=classes), file, quality=90)

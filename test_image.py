@@ -42,20 +42,25 @@ def parse_args():
 
 def find_images(inputs):
     """Files of all inputs, each once, with its path within an output folder; and what was skipped, in words."""
-    files = {}  # by absolute path
+    files = {}  # by folder and name
     skipped = Counter()
-    for path in map(Path, inputs):
+    for path in dict.fromkeys(map(Path, inputs)):
         if os.path.isdir(path):
             for file in sorted(search(path, skipped)):
-                files.setdefault(os.path.abspath(file), (file, file.relative_to(path)))
+                files.setdefault(place(file), (file, file.relative_to(path)))
         elif os.path.isfile(path) or os.path.islink(path):  # a broken link is reported with the other failures
-            files.setdefault(os.path.abspath(path), (path, Path(path.name)))
+            files.setdefault(place(path), (path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
     skipped = ", ".join(f"{count} {what}" for what, count in skipped.items() if count)
     if not files:
         raise UserError(f"--input {' '.join(inputs)}: no images there, but {skipped or 'nothing'}; give files by name")
     return list(files.values()), skipped
+
+
+def place(file):
+    """The same for all ways to write the path of a file, but not for links to it."""
+    return os.path.realpath(file.parent), file.name
 
 
 def search(folder, skipped):

@@ -4,14 +4,17 @@ python test_video.py --pretrained-model trained_models/ssd.pth --input a.mp4 --o
 python test_video.py --pretrained-model trained_models/ssd.pth --input 0
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import queue
 import re
 import signal
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -81,6 +84,33 @@ def open_video(source):
     return video, frame
 
 
+def read_frames(video, first, stopped):
+    """Yield frames of an opened video, from the `first` to its end or until the list `stopped` is not empty.
+
+    They are read ahead in a thread that Python does not wait for: a camera or pipe may send nothing for a long time.
+    """
+    ahead = queue.Queue(1)
+
+    def read():
+        try:
+            while (answer := video.read())[0]:
+                ahead.put(answer[1])
+        finally:
+            ahead.put(None)
+
+    def next_frame():
+        while not stopped:
+            with contextlib.suppress(queue.Empty):
+                return ahead.get(timeout=0.2)
+        return None
+
+    threading.Thread(target=read, daemon=True).start()
+    frame = first
+    while frame is not None:
+        yield frame
+        frame = next_frame()
+
+
 def pace(source, video):
     """Frames per second of an opened video, and how many frames it promises (0: unknown).
 
@@ -142,11 +172,11 @@ def differences(video, frame):
 def main():
     """Read, detect, draw, write, frame by frame; no frame is kept longer than that."""
     args = parse_args()
-    usage.handle_signals(signal.SIG_DFL, [signal.SIGINT])  # Python's would wait until a camera or pipe sends something
+    usage.handle_signals(signal.SIG_DFL, [signal.SIGINT])  # Python's handler would run after the first frame is read
     # Our error lines replace OpenCV's and FFmpeg's messages.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    video, frame = open_video(args.input)
+    video, first = open_video(args.input)
     output = Path(args.output or default_output(args.input))
     if output.suffix.lower() not in CODECS:
         raise UserError(f"--output {output}: unknown video type; end it in .mp4 or .avi")
@@ -157,44 +187,34 @@ def main():
     detector = Detector.load(args.pretrained_model, args.device, args.amp)
     print(f"{args.pretrained_model}: {detector.origin}")
     fps, total = pace(args.input, video)
-    writer, codec = open_writer(output, fps, frame)
-    notes = differences(video, frame)
-    lines = open(args.json, "w", encoding="utf-8") if args.json else None
+    writer, codec = open_writer(output, fps, first)
+    notes = differences(video, first)
     stopped = []
     usage.handle_signals(lambda *_: stopped.append(True))
-    bar = tqdm(total=total or None, unit="frame", leave=False)
     number = 0  # of frames done
-    ok = True  # while there are frames
+    seconds = math.inf
     start = time.perf_counter()
-    pool = ThreadPoolExecutor(2)  # reads the next frame and writes the last meanwhile
-    reading = writing = pool.submit(lambda: None)
-    while ok and not stopped:
-        reading = pool.submit(video.read)
-        image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        found = detector([image], args.cls_threshold, args.nms_threshold)[0]
-        drawn = draw_detections(image, **found, classes=detector.classes)
+    with contextlib.ExitStack() as outputs:
+        outputs.callback(writer.release)
+        lines = outputs.enter_context(open(args.json, "w", encoding="utf-8")) if args.json else None
+        pool = outputs.enter_context(ThreadPoolExecutor(1))  # writes a frame while the next one is worked on
+        writing = pool.submit(lambda: None)
+        for frame in tqdm(read_frames(video, first, stopped), total=total or None, unit="frame", leave=False):
+            image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            found = detector([image], args.cls_threshold, args.nms_threshold)[0]
+            drawn = draw_detections(image, **found, classes=detector.classes)
+            writing.result()
+            writing = pool.submit(writer.write, even(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)))
+            if lines:
+                entry = {"frame": number} | json_entry(image, found, detector.classes)
+                lines.write(json.dumps(entry) + "\n")
+            number += 1
+            seconds = time.perf_counter() - start
         writing.result()
-        writing = pool.submit(writer.write, even(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)))
-        if lines:
-            entry = {"frame": number} | json_entry(image, found, detector.classes)
-            lines.write(json.dumps(entry) + "\n")
-        number += 1
-        bar.update()
-        while not (wait([reading], timeout=0.2).done or stopped):
-            pass  # a camera or a pipe may send nothing for long
-        if reading.done():
-            ok, frame = reading.result()
-    writing.result()
-    bar.close()
-    writer.release()
-    if lines:
-        lines.close()
-    notes += f"; {number / (time.perf_counter() - start):.1f} frames per second"
+    notes += f"; {number / seconds:.1f} frames per second"
     if number < total and not stopped:
         notes += f" (the file promises {total}: it seems truncated)"
-    print(f"{number} frames -> {output}, {codec}{notes}", flush=True)
-    if not reading.done():
-        os._exit(0)  # Python would wait for the thread that reads, perhaps for ever
+    print(f"{number} frames -> {output}, {codec}{notes}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def parse_args():
     if args.multistep is None:
         args.multistep = sorted({round(args.epochs * share / 65) for share in (43, 54)})
     if args.amp and args.device == "mps":
-        parser.error("--amp: would lose small gradients on mps, where nothing scales the loss: leave it out")
+        parser.error("--amp does not train on mps: without loss scaling small gradients vanish; leave it out")
     if args.freeze and args.no_pretrained_backbone and not args.pretrained_model:
         parser.error("--freeze would keep random weights: leave out --no-pretrained-backbone")
     del args.local_rank
@@ -89,15 +89,17 @@ def main():
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     print_rank0(f"running on {distributed.devices(device)}" + distributed.amp_note(device, args.amp))
-    latest, best = (Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best"))
-    resuming = latest.exists()  # else a run starts
 
-    # Data: CocoDataset turns category ids into labels (to_labels in src/classes.py), `evaluate` turns them back
-    train_set, val_set = open_sets(args, resuming)
-    prepare_folders(args, (latest, best), resuming)
+    # Data. CocoDataset turns category ids into labels (to_labels in src/classes.py); `evaluate` turns them back.
+    train_set, val_set = open_sets(args)
     sampler = TrainSampler(len(train_set), args.batch_size, distributed.rank(), distributed.world_size(), args.seed)
     per_step = args.batch_size * distributed.world_size()
     iterations = len(sampler)  # in a whole epoch
+    latest, best = prepare_folders(args)
+    stoppable = stopping.Stoppable(latest)  # from here on no other run may write to this file
+    resuming = latest.exists()
+    if not resuming:
+        check_files(args, train_set, val_set, [latest, best])
     train_loader, val_loader = make_loaders(args, train_set, val_set, sampler, device)
     ground_truth = load_ground_truth(val_set.annotation_file)
 
@@ -115,13 +117,12 @@ def main():
     # Resume
     options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
     run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
-    stoppable = stopping.Stoppable(run, latest)  # from here on no other run may write to this file
     run.resume(latest)
 
     # Train and evaluate
     ddp_network = distributed.maybe_ddp(network)
     log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
-    with stoppable:
+    with stoppable.saving(run):
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
             # A generator: each turn of the loop trains one step and adds to run.samples_seen; every tenth has a report.
@@ -152,7 +153,7 @@ def main():
     distributed.tear_down()
 
 
-def open_sets(args, resuming):
+def open_sets(args):
     """The training and the validation set; UserError if they do not agree, or hold nothing to learn."""
     encoder = Encoder(make_default_boxes(args.model))
     size = DEFAULT_BOXES[args.model].input_size
@@ -163,18 +164,26 @@ def open_sets(args, resuming):
         raise UserError(f"{train_set.describe(train_set.annotation_file)}: no box to learn from; annotate some")
     for name, data in (("training", train_set), ("validation", val_set)):
         data.check_folder()
-        if not resuming:  # a resumed run finds broken files as it loads them
-            data.check_files(name)
         print_rank0(data.describe(name, encoder))
     return train_set, val_set
 
 
-def prepare_folders(args, checkpoints, resuming):
-    """Make the folders that the run writes to; UserError if its checkpoints would replace the one it starts from."""
+def prepare_folders(args):
+    """Make the folders that the run writes to; returns its latest and its best checkpoint (Paths)."""
     usage.make_folder("--save-folder", args.save_folder)
     usage.make_folder("--log-path", usage.utf8("--log-path", args.log_path))
-    if args.pretrained_model and not resuming:
+    return [Path(args.save_folder) / f"{args.model}{end}.pth" for end in ("", "_best")]
+
+
+def check_files(args, train_set, val_set, checkpoints):
+    """What a new run checks, as a resumed one finds broken images when it loads them.
+
+    UserError if one of its checkpoints would replace the one it starts from, or an image is missing or of another size.
+    """
+    if args.pretrained_model:
         usage.prepare_outputs([("--save-folder", file) for file in checkpoints], [args.pretrained_model])
+    train_set.check_files("training")
+    val_set.check_files("validation")
 
 
 def make_loaders(args, train_set, val_set, sampler, device):

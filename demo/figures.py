@@ -357,7 +357,7 @@ def augmentation(data, rng, name):
     return figure
 
 
-def hard_negatives(data, rng, name, network):
+def hard_negatives(data, rng, name, net):
     """The background boxes that count in the loss: three for each matched one."""
     encoder = Encoder(make_default_boxes(name))
     index = pick(data, rng, 1, fewest=1, most=2)[0]
@@ -365,7 +365,7 @@ def hard_negatives(data, rng, name, network):
     boxes, labels = map(torch.from_numpy, data.objects(index))
     loc_targets, cls_targets = encoder.encode(boxes, labels)
     with torch.no_grad():
-        loc, cls_logits = network.eval()(normalize(torch.from_numpy(image)[None]))
+        loc, cls_logits = net.eval()(normalize(torch.from_numpy(image)[None]))
     # The loss itself says which boxes it counts: those that its gradient reaches.
     cls_logits.requires_grad_()
     _, cls_loss = MultiBoxLoss()(loc, cls_logits, loc_targets[None], cls_targets[None])
@@ -556,13 +556,13 @@ def main():
         return np.random.default_rng(args.seed)
 
     torch.manual_seed(args.seed)
-    trained = detector.network if detector else build_model(name, len(train_set.classes), False)
+    net = detector.network if detector else build_model(name, len(train_set.classes), False)
     image = train_set.read(pick(train_set, rng(), 1, fewest=3, most=6)[0])
     for each in DEFAULT_BOXES:
         draw(network, each, len(train_set.classes), image, file=f"network_{each}.png")
     for function in (default_boxes, matching, augmentation):
         draw(function, train_set, rng(), name)
-    draw(hard_negatives, train_set, rng(), name, trained)
+    draw(hard_negatives, train_set, rng(), name, net)
     if detector:
         val_set = CocoDataset(args.data_path, args.val_set)
         for function in (hero, before_and_after_nms, predictions):

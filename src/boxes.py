@@ -139,7 +139,7 @@ class Encoder:
         return loc_targets, cls_targets
 
     def fits(self, boxes):
-        """Which of boxes (G, 4) xyxy overlap a default box as much as matching wants it: (G,) bool."""
+        """Which of boxes (G, 4) xyxy overlap a default box enough to be matched: (G,) bool."""
         corners = self.corners.cpu()
         return torch.cat([pairwise_iou(part, corners).amax(dim=1) for part in boxes.split(100)]) > MATCHING_IOU
 

@@ -147,8 +147,7 @@ def with_imagenet(model, num_classes):
 def save_checkpoint(path, state):
     """Write `state` so that `path` holds either the old checkpoint or all of the new one."""
     path = Path(path)
-    # A name of each process's own, and always the same: what a killed one leaves is overwritten by the next save.
-    temporary = path.with_name(f"{path.name}.tmp{distributed.rank()}")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # no one else writes into it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -193,13 +192,20 @@ def load_checkpoint(path):
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if isinstance(state.get("model"), str):
-        missing = [key for key, kind in OUR_KEYS.items() if not isinstance(state.get(key), kind)]
-        if missing or state["model"] not in MODELS:
-            raise UserError(f"{path}: model {state['model']!r}, missing {missing}: not one of ours")
+        wrong = [key for key, kind in OUR_KEYS.items() if not isinstance(state.get(key), kind)]
+        if wrong or state["model"] not in MODELS or not labels_fit(state["classes"], state["category_ids"]):
+            what = f"{', '.join(wrong)} missing or of another type" if wrong else "classes or category_ids amiss"
+            raise UserError(f"{path}: model {state['model']!r}, {what}: not one of ours; use another")
         if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's
             state["model_state_dict"].setdefault("backbone.mean", torch.zeros(3, 1, 1))
         return state | {"origin": f"checkpoint of this project, {state['model']}"}
     return read_published(state, path)
+
+
+def labels_fit(classes, category_ids):
+    """True for lists of names and of whole numbers, a name for "background" and one for each number."""
+    named = all(isinstance(name, str) for name in classes)
+    return named and all(isinstance(i, int) for i in category_ids) and len(classes) == 1 + len(category_ids)
 
 
 def read_published(state, path):
@@ -211,7 +217,7 @@ def read_published(state, path):
         model = "ssd"
         weights = state[key]
         names = names_from(state.get("label_map"), path)
-        origin = f"published SSD-ResNet50, {key!r}" + (" with 'label_map'" if "label_map" in state else "")
+        origin = f"published SSD-ResNet50, {key!r}" + (" with 'label_map'" if state.get("label_map") else "")
     elif isinstance(state.get("classification_headers.5.bias"), torch.Tensor):  # qfgaohao's SSDLite: bare weights
         refuse_other_networks(state, path)
         num_classes = state["classification_headers.5.bias"].numel() // DEFAULT_BOXES["ssdlite"].per_cell[-1]

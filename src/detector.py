@@ -23,7 +23,7 @@ DATASET_THRESHOLD = 0.5
 
 
 def add_options(parser, cls_threshold, cls_help="lowest score to show"):
-    """Add the options of what a script detects with, a Detector, to its parser."""
+    """Add the options of a script's Detector to its parser."""
     share = usage.number(float, 0, 1)
     add = parser.add_argument
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")

@@ -27,7 +27,7 @@ def choose_device(name=None, local_rank=None):
     "cuda" is GPU number `local_rank`, by default CUDA's current one. UserError if `name` is not a device, or not here.
     """
     name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not re.fullmatch("cpu|mps|cuda(:[0-9]{1,2})?", name):  # to torch cuda:300 is cuda:44
+    if not re.fullmatch("(cpu|mps)(:0)?|cuda(:(0|[1-9][0-9]?))?", name):  # to torch cuda:300 is cuda:44
         raise UserError(f"--device {name}: unknown; give cpu, cuda, cuda:1 for the second GPU, or mps")
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():

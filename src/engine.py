@@ -55,7 +55,7 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
 def train_steps(run, loader, *, network, criterion, learning_rate, amp=False):
     """Train on what is left of an epoch: a generator that takes a step each time it is asked for the next.
 
-    run has optimizer, scaler, epoch and samples_seen, which counts on; loader yields images (B, 300, 300, 3)
+    run has optimizer, scaler, epoch and samples_seen, which each step advances; loader yields images (B, 300, 300, 3)
     uint8, loc_targets (B, D, 4), cls_targets (B, D) and image ids (B,); network is run.network, inside DDP if
     several processes train; learning_rate(epoch, iteration) -> float, which a parameter group's "lr_factor"
     multiplies.

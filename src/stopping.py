@@ -20,28 +20,34 @@ except ModuleNotFoundError:  # not Unix
 
 
 class Stoppable:
-    """Around a run's loop: what ends it early loses no step.
+    """What ends a run's loop early loses no step.
 
     Ctrl-C, SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 (clusters before their time
     limit) wait for the current step; a second Ctrl-C ends the run at once. What `nohup` ignores stays
     ignored. An image that cannot be read or a full disk ends it at once; the last step is saved, too.
     """
 
-    def __init__(self, run, file):
-        """run: what is saved; file (Path): its checkpoint, which is locked. Collective."""
+    def __init__(self, file):
+        """file (Path): the run's checkpoint; UserError, in every process, if another run has it. Collective."""
         lock_checkpoint(file)
-        self.run, self.file = run, file
+        self.file = file
+        self.run = None
         self.signals = []  # received and not yet obeyed
 
-    def __enter__(self):
+    @contextlib.contextmanager
+    def saving(self, run):
+        """Around the loop: `run` is what is saved."""
+        self.run = run
         usage.handle_signals(self.note)
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        kill_workers()  # also if the following fails
-        if isinstance(error, (UnreadableImage, OSError)):
+        try:
+            yield
+        except (UnreadableImage, OSError):
+            kill_workers()  # also if the following fails
             # Whichever process meets it: all have the same parameters (and their own running statistics).
-            self.run.save(self.file, rank=distributed.rank())
+            run.save(self.file, rank=distributed.rank())
+            raise
+        finally:
+            kill_workers()
 
     def after_step(self, logged):
         """Save and exit if any process was told to stop. Collective, with the same `logged` in all processes."""
@@ -89,7 +95,7 @@ class Stoppable:
 
 
 def lock_checkpoint(file):
-    """UserError, in every process, if another run has the checkpoint `file` (Path)."""
+    """Let no other run write the checkpoint `file` (Path); UserError, in every process, if one does."""
     holder = ""
     if is_main_process():
         holder = lock(file.with_suffix(".lock"))
@@ -97,12 +103,15 @@ def lock_checkpoint(file):
         if not holder:
             sys.exit(2)  # rank 0 says why
         raise UserError(f"--save-folder {file.parent}: in use by {holder}; give each run its own")
+    if is_main_process():
+        for leftover in file.parent.glob(f"{file.stem}[._]*pth.tmp*"):  # of a process that was killed as it saved
+            leftover.unlink(missing_ok=True)
 
 
 def lock(file):
     """Let no other run hold lock `file` until this process ends; returns who holds it, or ""."""
     if fcntl is None:
-        print_rank0(f"{file}: no locks on this system; make sure that no other run uses this folder")
+        print_rank0(f"{file}: no locks on this system; make sure that no other run writes here")
         return ""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # never closed
@@ -111,7 +120,7 @@ def lock(file):
     except BlockingIOError:
         return os.read(descriptor, 999).decode(errors="replace") or "another run"
     except OSError as error:  # another user's file, or a network file system without locks
-        print_rank0(f"{file}: no lock ({error.strerror}); make sure that no other run uses this folder")
+        print_rank0(f"{file}: no lock ({error.strerror}); make sure that no other run writes here")
         return ""
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -113,20 +113,6 @@ def test_the_new_checkpoint_is_whole_before_it_takes_the_name(tmp_path, monkeypa
     assert seen == [({"epoch": 1}, False)] and path.exists()
 
 
-def test_what_a_killed_save_left_is_gone_after_the_next(tmp_path, monkeypatch):
-    def killed(state, file):
-        file.write(b"half a checkpoint")
-        raise KeyboardInterrupt  # as the second Ctrl-C, nothing is cleaned up
-
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(torch, "save", killed)
-        save_checkpoint(tmp_path / "a.pth", SMALL)
-    assert len(os.listdir(tmp_path)) == 1
-    monkeypatch.setattr(os, "getpid", lambda: 7)  # another process
-    save_checkpoint(tmp_path / "a.pth", SMALL)
-    assert os.listdir(tmp_path) == ["a.pth"]
-
-
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("kept")
     for path in (tmp_path / "file" / "a.pth", tmp_path / "file" / "deeper" / "a.pth"):
@@ -291,16 +277,24 @@ def test_missing_file_and_folder(tmp_path):
         assert str(error.value).startswith(str(path))
 
 
-@pytest.mark.parametrize("change", ["model", "no weights", "no ids"])
-def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, change):
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("model", "resnet50", "not one of ours"),  # of another project that has these keys, too
+        ("model_state_dict", None, "model_state_dict missing"),
+        ("model_state_dict", [torch.ones(1)], "model_state_dict missing or of another type"),
+        ("category_ids", None, "category_ids missing"),
+        ("category_ids", [2], "classes or category_ids amiss"),
+        ("category_ids", [2, "b"], "classes or category_ids amiss"),
+        ("classes", ["background", "a", 7], "classes or category_ids amiss"),
+    ],
+)
+def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, key, value, told):
     state, path = state_of(lite), tmp_path / "a.pth"
-    if change == "model":
-        state["model"] = "resnet50"  # of another project that has these keys, too
-    else:
-        del state["model_state_dict" if change == "no weights" else "category_ids"]
-    save_checkpoint(path, state)
-    with pytest.raises(UserError, match="a.pth"):
+    save_checkpoint(path, state | {key: value})
+    with pytest.raises(UserError, match="a.pth") as error:
         network_from(load_checkpoint(path), path)
+    assert told in str(error.value)
 
 
 def test_an_ssdlite_of_before_the_mean_is_read(tmp_path, lite):

@@ -226,7 +226,7 @@ def test_tiles_find_each_object_once_and_no_piece_of_one(side):
 
 
 @pytest.mark.parametrize("side, calls", [(299, 5), (300, 1), (999, 1)])
-def test_an_image_that_fits_into_a_tile_is_detected_in_once(side, calls):
+def test_an_image_that_fits_into_a_tile_is_processed_once(side, calls):
     seen = []
 
     class Counted(Painted):

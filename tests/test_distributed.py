@@ -62,6 +62,7 @@ def test_an_environment_that_torchrun_did_not_make_is_a_users_error(monkeypatch,
         ("meta", "--device meta: unknown"),
         ("cpu:1", "--device cpu:1: unknown"),
         ("cuda:300", "--device cuda:300: unknown"),  # to torch it is cuda:44
+        ("cuda:01", "--device cuda:01: unknown"),
         ("cuda:-1", "--device cuda:-1: unknown"),
         ("cuda", "--device cuda: CUDA sees 0 GPUs, counted from 0; give another"),
         ("cuda:3", "--device cuda:3: CUDA sees 0 GPUs"),
@@ -79,6 +80,9 @@ def test_a_device_that_is_not_here_is_a_users_error(monkeypatch, name, error):
 def test_the_device_is_the_gpu_unless_another_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.choose_device() == distributed.choose_device("cpu") == torch.device("cpu")
+    assert (
+        distributed.choose_device("cpu:0") == distributed.choose_device(torch.device("cpu", 0)) == torch.device("cpu:0")
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.choose_device() == distributed.choose_device("cuda") == torch.device("cuda")
@@ -133,7 +137,7 @@ def start(rank, world_size, port, jobs, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """{name of job: what it returned in each of two processes}; started once, as this takes seconds."""
-    jobs = use_everything, out_of_memory, locked_folder, gradients, traffic, evaluate_share, evaluate_categories
+    jobs = use_everything, out_of_memory, locked_checkpoint, gradients, traffic, evaluate_share, evaluate_categories
     folder = tmp_path_factory.mktemp("answers")
     (folder / "ssdlite.lock").write_text("process 7 on the moon")
     with open(folder / "ssdlite.lock", "r+") as file:
@@ -170,7 +174,7 @@ def test_two_processes_all_reduce_all_gather_and_buffers(two):
     check_answers(two["use_everything"], [11, 0.1, -2e-9])
 
 
-def locked_folder():
+def locked_checkpoint():
     """How stopping.lock_checkpoint ends where another process has the lock."""
     try:
         stopping.lock_checkpoint(Path("ssdlite.pth"))
@@ -179,7 +183,7 @@ def locked_folder():
 
 
 def test_a_folder_in_use_ends_every_process_and_one_says_why(two):
-    (kind, message), other = two["locked_folder"]
+    (kind, message), other = two["locked_checkpoint"]
     assert kind is UserError and "in use by process 7 on the moon" in message
     assert other == (SystemExit, "2")
 

@@ -115,16 +115,17 @@ def test_two_images_for_one_drawing_are_named(script, tmp_path):
     assert status == 2 and f"{tmp_path}/a.jpg {tmp_path}/a.png" in error and "b.png" not in error
 
 
-def test_an_image_given_twice_is_detected_in_once(script, tmp_path):
+def test_an_image_given_twice_is_processed_once(script, tmp_path):
     file = photo(tmp_path / "in/sub/a.jpg")
     photo(tmp_path / "in/b.jpg")
-    inputs = [file, tmp_path / "in", tmp_path / "in/../in/b.jpg"]
+    other = photo(tmp_path / "other/c.jpg")
+    photo(tmp_path / "c.jpg")
+    (tmp_path / "in/link").symlink_to(other.parent)
+    inputs = [file, tmp_path / "in", tmp_path / "in", tmp_path / "in/../in/b.jpg"]
+    inputs.append(tmp_path / "in/link/../c.jpg")  # not in/c.jpg
     status, said, _ = script("test_image.py", "--input", *inputs, "--output", tmp_path / "out")
-    assert status == 0 and said.count(" -> ") == 2
-    assert {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.jpg")} == {
-        "a_prediction.jpg",
-        "b_prediction.jpg",
-    }
+    assert status == 0 and said.count(" -> ") == 3 and "skipped: 1 links to folders\n" in said
+    assert sorted(os.listdir(tmp_path / "out")) == [f"{name}_prediction.jpg" for name in "abc"]
 
 
 @pytest.mark.parametrize("output", ["drawn/", "new/drawn/"])

@@ -336,34 +336,49 @@ def test_a_named_pipe_is_read(detect, tmp_path):
     assert len(frames) == 6 and rate == pytest.approx(29.97, rel=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("frames", [0, 6])
-def test_a_pipe_that_stalls_does_not_hold_the_video_script(tmp_path, number, frames):
-    os.mkfifo(tmp_path / "pipe")
-    with open(tmp_path / "log", "w+") as log:
-        options = ["--input", tmp_path / "pipe", "--output", tmp_path / "a.avi", "--pretrained-model", SHAPES]
+@pytest.fixture
+def stalled(tmp_path):
+    """Function that sends frames to a pipe, then nothing and, when test_video.py has them, a signal; how that ends."""
+
+    def run(frames, number, *options):
+        os.mkfifo(tmp_path / "pipe")
+        pipe = os.open(tmp_path / "pipe", os.O_RDWR)  # does not wait for a reader
+        options = ["--input", tmp_path / "pipe", "--output", tmp_path / "a.avi", "--pretrained-model", SHAPES, *options]
         command = [sys.executable, ROOT / "test_video.py", *options]
-        process = subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=log, stderr=log)
-        with open(tmp_path / "pipe", "wb", buffering=0) as pipe:  # waits until the script opens it
+        with open(tmp_path / "log", "w") as log:
+            env = ENV | {"TQDM_MININTERVAL": "0"}  # the progress bar shows every frame
+            process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log)
+        try:
             if frames:
                 make_video(tmp_path / "clip.avi", frames)
-                pipe.write((tmp_path / "clip.avi").read_bytes())
-                while "frame" not in (tmp_path / "log").read_text():  # the progress bar
-                    assert process.poll() is None
-                    time.sleep(0.1)
-            time.sleep(2)
+                os.write(pipe, (tmp_path / "clip.avi").read_bytes())
+            said = re.compile(rf"\b{frames}(/{frames}|frame) " if frames else "")
+            while process.poll() is None and not said.search((tmp_path / "log").read_text()):
+                time.sleep(0.1)
+            time.sleep(2 if frames else 8)  # no frames: until it waits for them
             process.send_signal(number)
-            try:
-                status = process.wait(20)
-            finally:
-                process.kill()
-        log.seek(0)
-        said = log.read()
-    if frames:  # what was read is written
-        count = len(frames_of(tmp_path / "a.avi"))
-        assert status == 0 and count > 0 and f"{count} frames -> " in said
-    else:
-        assert status == -number and not (tmp_path / "a.avi").exists()
+            return process.wait(20), (tmp_path / "log").read_text()
+        finally:
+            process.kill()
+            os.close(pipe)
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pipe_that_stalls_does_not_hold_the_video_script(stalled, tmp_path, number):
+    status, said = stalled(6, number)
+    assert status == 0 and "6 frames -> " in said and len(frames_of(tmp_path / "a.avi")) == 6
+
+
+def test_a_pipe_that_sends_nothing_does_not_hold_the_video_script(stalled, tmp_path):
+    assert stalled(0, signal.SIGINT)[0] == -signal.SIGINT
+    assert not (tmp_path / "a.avi").exists()
+
+
+def test_an_error_ends_the_video_script_while_a_pipe_stalls(stalled, tmp_path):
+    status, said = stalled(6, signal.SIGINT, "--json", "/dev/full")  # which is written to at the end
+    assert status == 2 and "No space left" in said and len(frames_of(tmp_path / "a.avi")) == 6
 
 
 def test_the_video_script_says_which_codec_it_wrote(tmp_path):
@@ -454,6 +469,7 @@ def test_a_second_run_into_a_save_folder_is_refused_until_the_first_ends(shapes,
     first = multiprocessing.get_context("fork").Process(target=hold_lock, args=[tmp_path / "ssdlite.lock", there])
     first.start()
     worker = here.recv()
+    monkeypatch.setattr(CocoDataset, "check_files", None)  # it is refused before minutes are spent
     try:
         assert run_here(monkeypatch, *training(shapes, tmp_path, "--epochs", 1)) == 2
         error = capfd.readouterr().err

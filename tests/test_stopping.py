@@ -1,5 +1,6 @@
 """src.stopping: what ends a run early costs no step; other systems than Unix."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -34,11 +35,27 @@ def run():
     return Run("ssdlite", network, optimizer, scaler, ["background", "a"], [1], {"epochs": 1}, samples_seen=8)
 
 
+@contextlib.contextmanager
+def saving(run, file):
+    """The Stoppable around a run's loop."""
+    stoppable = stopping.Stoppable(file)
+    with stoppable.saving(run):
+        yield stoppable
+
+
+def test_what_killed_saves_of_this_run_left_is_removed(tmp_path):
+    kept = ["other.pth.tmp1", "ssd.pth.tmp1", "ssdlite.pth"]
+    for name in (*kept, "ssdlite.pth.tmp1", "ssdlite_best.pth.tmp22"):
+        (tmp_path / name).touch()
+    stopping.Stoppable(tmp_path / "ssdlite.pth")
+    assert sorted(os.listdir(tmp_path)) == [*kept[:2], "ssdlite.lock", kept[2]]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_waits_for_the_step_then_the_run_is_saved(restored_signals, run, tmp_path, number, capfd):
     file = tmp_path / "ssdlite.pth"
     signal.signal(number, signal.SIG_DFL)
-    with pytest.raises(SystemExit) as end, stopping.Stoppable(run, file) as stoppable:
+    with pytest.raises(SystemExit) as end, saving(run, file) as stoppable:
         stoppable.after_step(None)
         os.kill(os.getpid(), number)
         run.samples_seen += 4
@@ -52,7 +69,7 @@ def test_a_signal_waits_for_the_step_then_the_run_is_saved(restored_signals, run
 
 def test_nohup_outlives_its_terminal(restored_signals, run, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    with stopping.Stoppable(run, tmp_path / "ssdlite.pth") as stoppable:
+    with saving(run, tmp_path / "ssdlite.pth") as stoppable:
         os.kill(os.getpid(), signal.SIGHUP)
         stoppable.after_step(None)
         assert stoppable.signals == []
@@ -61,7 +78,7 @@ def test_nohup_outlives_its_terminal(restored_signals, run, tmp_path):
 @pytest.mark.parametrize("error", [UnreadableImage("a.jpg"), OSError(28, "No space left on device")])
 def test_steps_before_an_error_of_a_file_are_saved(restored_signals, run, tmp_path, error):
     file = tmp_path / "ssdlite.pth"
-    with pytest.raises(type(error)), stopping.Stoppable(run, file) as stoppable:
+    with pytest.raises(type(error)), saving(run, file) as stoppable:
         stoppable.after_step(None)
         raise error
     assert torch.load(file, weights_only=True)["samples_seen"] == 8
@@ -70,7 +87,7 @@ def test_steps_before_an_error_of_a_file_are_saved(restored_signals, run, tmp_pa
 @pytest.mark.parametrize("error", [UserError("loss not finite"), ValueError("a bug")])
 def test_an_error_of_another_kind_saves_nothing(restored_signals, run, tmp_path, error):
     file = tmp_path / "ssdlite.pth"
-    with pytest.raises(type(error)), stopping.Stoppable(run, file) as stoppable:
+    with pytest.raises(type(error)), saving(run, file) as stoppable:
         stoppable.after_step(None)
         raise error
     assert not file.exists()
@@ -82,7 +99,7 @@ def test_no_worker_outlives_an_error(restored_signals, run, tmp_path, monkeypatc
 
     monkeypatch.setattr(run, "save", fail)
     worker = multiprocessing.get_context("fork").Process(target=ignore_sigterm, daemon=True)
-    with pytest.raises(MemoryError), stopping.Stoppable(run, tmp_path / "ssdlite.pth"):
+    with pytest.raises(MemoryError), saving(run, tmp_path / "ssdlite.pth"):
         worker.start()
         raise UnreadableImage("a.jpg")
     worker.join(20)

@@ -94,7 +94,7 @@ def test_the_schedule_is_said_in_one_line(epochs, multistep, rates):
 @pytest.mark.parametrize("options, mirror", [([], True), (["--no-flip"], False)])
 def test_no_flip_reaches_the_training_set(shapes_folder, monkeypatch, options, mirror):
     monkeypatch.setattr("sys.argv", ["train.py", "--data-path", str(shapes_folder), *options])
-    assert train.open_sets(train.parse_args(), resuming=True)[0].mirror == mirror
+    assert train.open_sets(train.parse_args())[0].mirror == mirror
 
 
 def test_warm_up_may_outlast_the_first_epoch_or_be_left_out():
