@@ -3,8 +3,8 @@
     python train.py --data-path /coco --model ssd --batch-size 32 --amp
     torchrun --nproc_per_node=8 train.py --data-path /coco --model ssd --batch-size 32 --amp
 
-Stop it whenever you want (Ctrl-C): the same command resumes at that step (after a power failure, at the last
-checkpoint).
+Stop it whenever you want (Ctrl-C, SIGTERM): the same command resumes at that step; after a power failure, at the last
+checkpoint, which is never half written.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def main():
     criterion = MultiBoxLoss()
     optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
-    schedule = partial(learning_rate, args, iterations, distributed.world_size())  # of (epoch, iteration)
+    schedule = partial(learning_rate, args, iterations, distributed.world_size())  # set at each step
     print_rank0(describe_schedule(args, iterations, schedule))
 
     # Resume
