@@ -117,7 +117,7 @@ def main():
     # Resume
     options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
     run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
-    run.resume(latest)
+    run.resume(latest)  # if it exists: weights, momentum, epoch and samples seen
 
     # Train and evaluate
     ddp_network = distributed.maybe_ddp(network)
@@ -134,7 +134,7 @@ def main():
                     write(log, "Train", report, epoch * iterations + iteration)
                 if args.save_every and (iteration + 1) % args.save_every == 0:
                     run.save(latest)
-                stoppable.after_step(report)
+                stoppable.after_step(report)  # after a signal: save and exit
             distributed.broadcast_buffers(network)  # batch norm's statistics differ between processes
             run.save(latest)  # trained but not evaluated: a run that is stopped below repeats only the evaluation
             with stoppable.evaluation():
