@@ -12,6 +12,7 @@ import os
 import queue
 import re
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ CODECS = {
     ".mp4": {"avc1": "H.264", "mp4v": "MPEG-4 Part 2, which browsers do not play"},
     ".avi": {"MJPG": "Motion JPEG"},
 }
+
+READER = "reader"  # name of the thread that reads frames
 
 
 def parse_args():
@@ -95,8 +98,9 @@ def read_frames(video, first, stopped):
         try:
             while (answer := video.read())[0]:
                 ahead.put(answer[1])
-        finally:
             ahead.put(None)
+        except Exception as error:  # raised below, in the main thread
+            ahead.put(error)
 
     def next_frame():
         while not stopped:
@@ -104,11 +108,16 @@ def read_frames(video, first, stopped):
                 return ahead.get(timeout=0.2)
         return None
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, name=READER, daemon=True)
+    reader.start()
     frame = first
     while frame is not None:
         yield frame
         frame = next_frame()
+        if isinstance(frame, Exception):
+            raise frame
+    if not stopped:
+        reader.join()  # it has sent its last frame
 
 
 def pace(source, video):
@@ -217,5 +226,19 @@ def main():
     print(f"{number} frames -> {output}, {codec}{notes}")
 
 
+def run():
+    """Run `main`, and exit without Python's clean-up if a frame is still awaited: one that came then would abort it."""
+    status = 0
+    try:
+        usage.run(main)
+    except SystemExit as end:
+        status = end.code
+    if any(thread.name == READER for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    usage.run(main)
+    run()

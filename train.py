@@ -73,7 +73,7 @@ def parse_args():
         args.backbone_lr_factor = 0.1 if args.freeze else 1.0
     if args.multistep is None:
         args.multistep = sorted({round(args.epochs * share / 65) for share in (43, 54)})
-    if args.amp and args.device == "mps":
+    if args.amp and args.device in ("mps", "mps:0"):
         parser.error("--amp does not train on mps: without loss scaling small gradients vanish; leave it out")
     if args.freeze and args.no_pretrained_backbone and not args.pretrained_model:
         parser.error("--freeze would keep random weights: leave out --no-pretrained-backbone")

@@ -192,8 +192,10 @@ def load_checkpoint(path):
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     if isinstance(state.get("model"), str):
+        if state["model"] not in MODELS:
+            raise UserError(f"{path}: model {state['model']!r} is not one of ours; use another checkpoint")
         wrong = [key for key, kind in OUR_KEYS.items() if not isinstance(state.get(key), kind)]
-        if wrong or state["model"] not in MODELS or not labels_fit(state["classes"], state["category_ids"]):
+        if wrong or not labels_fit(state["classes"], state["category_ids"]):
             what = f"{', '.join(wrong)} missing or of another type" if wrong else "classes or category_ids amiss"
             raise UserError(f"{path}: model {state['model']!r}, {what}: not one of ours; use another")
         if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's

@@ -57,7 +57,7 @@ def set_up(device_name=None):
     """Join the processes that torchrun started, if it did; return this process's device."""
     check_environment()
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and device_name not in (None, "cpu", "cuda"):
+    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and device_name not in (None, "cpu", "cpu:0", "cuda"):
         raise UserError(f"--device {device_name}: several processes cannot share it; give cuda, or one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -103,9 +104,6 @@ def lock_checkpoint(file):
         if not holder:
             sys.exit(2)  # rank 0 says why
         raise UserError(f"--save-folder {file.parent}: in use by {holder}; give each run its own")
-    if is_main_process():
-        for leftover in file.parent.glob(f"{file.stem}[._]*pth.tmp*"):  # of a process that was killed as it saved
-            leftover.unlink(missing_ok=True)
 
 
 def lock(file):
@@ -124,6 +122,10 @@ def lock(file):
         return ""
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    for leftover in file.parent.iterdir():  # of a process that was killed as it saved
+        if re.fullmatch(rf"{file.stem}(_best)?\.pth\.tmp[0-9]+", leftover.name):
+            with contextlib.suppress(OSError):  # another user's, say: it is in nobody's way
+                leftover.unlink()
     return ""
 
 

@@ -280,7 +280,7 @@ def test_missing_file_and_folder(tmp_path):
 @pytest.mark.parametrize(
     "key, value, told",
     [
-        ("model", "resnet50", "not one of ours"),  # of another project that has these keys, too
+        ("model", "resnet50", "model 'resnet50' is not one of ours"),  # of another project that has these keys, too
         ("model_state_dict", None, "model_state_dict missing"),
         ("model_state_dict", [torch.ones(1)], "model_state_dict missing or of another type"),
         ("category_ids", None, "category_ids missing"),

@@ -120,12 +120,14 @@ def test_an_image_given_twice_is_processed_once(script, tmp_path):
     photo(tmp_path / "in/b.jpg")
     other = photo(tmp_path / "other/c.jpg")
     photo(tmp_path / "c.jpg")
+    photo(tmp_path / "in/c.jpg")
     (tmp_path / "in/link").symlink_to(other.parent)
     inputs = [file, tmp_path / "in", tmp_path / "in", tmp_path / "in/../in/b.jpg"]
     inputs.append(tmp_path / "in/link/../c.jpg")  # not in/c.jpg
-    status, said, _ = script("test_image.py", "--input", *inputs, "--output", tmp_path / "out")
-    assert status == 0 and said.count(" -> ") == 3 and "skipped: 1 links to folders\n" in said
-    assert sorted(os.listdir(tmp_path / "out")) == [f"{name}_prediction.jpg" for name in "abc"]
+    status, said, _ = script("test_image.py", "--input", *inputs)
+    assert status == 0 and said.count(" -> ") == 4 and "skipped: 1 links to folders\n" in said
+    drawn = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*_prediction.jpg")}
+    assert drawn == {"in/sub/a_prediction.jpg", "in/b_prediction.jpg", "in/c_prediction.jpg", "c_prediction.jpg"}
 
 
 @pytest.mark.parametrize("output", ["drawn/", "new/drawn/"])

@@ -336,11 +336,31 @@ def test_a_named_pipe_is_read(detect, tmp_path):
     assert len(frames) == 6 and rate == pytest.approx(29.97, rel=1e-4)
 
 
+def fds(pid):
+    return Path(f"/proc/{pid}/fd").iterdir()
+
+
+def link(path):
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:  # closed meanwhile
+        return ""
+
+
+def send(pipe, pieces):
+    for piece in pieces:
+        os.write(pipe, piece)
+        time.sleep(0.15)
+
+
 @pytest.fixture
 def stalled(tmp_path):
-    """Function that sends frames to a pipe, then nothing and, when test_video.py has them, a signal; how that ends."""
+    """Function that sends frames to a pipe and, when test_video.py has done them, a signal; how that ends.
 
-    def run(frames, number, *options):
+    With `slowly`, the pipe goes on to send frames: more slowly than the script works, so that it awaits one as it ends.
+    """
+
+    def run(frames, number, *options, slowly=False):
         os.mkfifo(tmp_path / "pipe")
         pipe = os.open(tmp_path / "pipe", os.O_RDWR)  # does not wait for a reader
         options = ["--input", tmp_path / "pipe", "--output", tmp_path / "a.avi", "--pretrained-model", SHAPES, *options]
@@ -350,17 +370,32 @@ def stalled(tmp_path):
             process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log)
         try:
             if frames:
-                make_video(tmp_path / "clip.avi", frames)
-                os.write(pipe, (tmp_path / "clip.avi").read_bytes())
-            said = re.compile(rf"\b{frames}(/{frames}|frame) " if frames else "")
-            while process.poll() is None and not said.search((tmp_path / "log").read_text()):
+                make_video(tmp_path / "clip.avi", 1000 if slowly else frames)
+                data = (tmp_path / "clip.avi").read_bytes()
+                head = len(data) * frames // 1000 if slowly else len(data)
+                os.write(pipe, data[:head])
+            if slowly:
+                pieces = [
+                    data[start : start + len(data) // 1000] for start in range(head, len(data), len(data) // 1000)
+                ]
+                threading.Thread(target=send, args=[pipe, pieces], daemon=True).start()
+            # Without frames: until it has opened the pipe.
+            said = re.compile(rf"\b{frames}(/|frame)" if frames else "")
+            for _ in range(600):
+                opened = process.poll() is None and str(tmp_path / "pipe") in map(link, fds(process.pid))
+                if opened and said.search((tmp_path / "log").read_text()):
+                    break
                 time.sleep(0.1)
-            time.sleep(2 if frames else 8)  # no frames: until it waits for them
+            else:
+                raise AssertionError((tmp_path / "log").read_text())
+            time.sleep(2)
             process.send_signal(number)
             return process.wait(20), (tmp_path / "log").read_text()
         finally:
             process.kill()
-            os.close(pipe)
+            process.wait()
+            if not slowly:
+                os.close(pipe)
 
     return run
 
@@ -379,6 +414,31 @@ def test_a_pipe_that_sends_nothing_does_not_hold_the_video_script(stalled, tmp_p
 def test_an_error_ends_the_video_script_while_a_pipe_stalls(stalled, tmp_path):
     status, said = stalled(6, signal.SIGINT, "--json", "/dev/full")  # which is written to at the end
     assert status == 2 and "No space left" in said and len(frames_of(tmp_path / "a.avi")) == 6
+
+
+@pytest.mark.parametrize("options, status", [([], 0), (["--json", "/dev/full"], 2)])
+def test_a_slow_camera_is_left_with_the_right_status(stalled, tmp_path, options, status):
+    ended, said = stalled(20, signal.SIGINT, *options, slowly=True)
+    assert ended == status and ("No space left" in said) == (status == 2)
+    count = len(frames_of(tmp_path / "a.avi"))
+    assert count >= 20 and (status == 2 or f"{count} frames -> " in said)
+
+
+def test_an_error_of_the_reader_is_not_the_end_of_the_video():
+    class Broken:
+        frames = [np.zeros((2, 2, 3), np.uint8)] * 2
+
+        def read(self):
+            if not self.frames:
+                raise MemoryError
+            return True, self.frames.pop()
+
+    read_frames = runpy.run_path(str(ROOT / "test_video.py"))["read_frames"]
+    seen = []
+    with pytest.raises(MemoryError):
+        for frame in read_frames(Broken(), np.zeros((2, 2, 3), np.uint8), []):
+            seen.append(frame)
+    assert len(seen) == 3
 
 
 def test_the_video_script_says_which_codec_it_wrote(tmp_path):

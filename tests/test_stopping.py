@@ -44,11 +44,18 @@ def saving(run, file):
 
 
 def test_what_killed_saves_of_this_run_left_is_removed(tmp_path):
-    kept = ["other.pth.tmp1", "ssd.pth.tmp1", "ssdlite.pth"]
+    kept = ["other.pth.tmp1", "ssd.pth.tmp1", "ssdlite.pth", "ssdlite_mine.pth.tmp1"]
     for name in (*kept, "ssdlite.pth.tmp1", "ssdlite_best.pth.tmp22"):
         (tmp_path / name).touch()
     stopping.Stoppable(tmp_path / "ssdlite.pth")
-    assert sorted(os.listdir(tmp_path)) == [*kept[:2], "ssdlite.lock", kept[2]]
+    assert sorted(os.listdir(tmp_path)) == [*kept[:2], "ssdlite.lock", *kept[2:]]
+
+
+def test_without_a_lock_nothing_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "fcntl", None)
+    (tmp_path / "ssdlite.pth.tmp1").touch()  # another run may be saving
+    stopping.Stoppable(tmp_path / "ssdlite.pth")
+    assert os.listdir(tmp_path) == ["ssdlite.pth.tmp1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])

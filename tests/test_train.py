@@ -278,7 +278,12 @@ def test_the_option_of_torch_distributed_launch_is_taken(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, error", [("--freeze --no-pretrained-backbone", "random weights"), ("--device mps --amp", "leave it out")]
+    "options, error",
+    [
+        ("--freeze --no-pretrained-backbone", "random weights"),
+        ("--device mps --amp", "leave it out"),
+        ("--device mps:0 --amp", "leave it out"),
+    ],
 )
 def test_options_that_do_not_go_together(monkeypatch, capsys, options, error):
     monkeypatch.setattr("sys.argv", ["train.py", *options.split()])
