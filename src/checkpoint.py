@@ -147,7 +147,8 @@ def with_imagenet(model, num_classes):
 def save_checkpoint(path, state):
     """Write `state` so that `path` holds either the old checkpoint or all of the new one."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # no one else writes into it
+    # No one else writes into it: processes on two machines may have the same number, but not the same rank.
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}_{distributed.rank()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -205,9 +206,10 @@ def load_checkpoint(path):
 
 
 def labels_fit(classes, category_ids):
-    """True for lists of names and of whole numbers, a name for "background" and one for each number."""
-    named = all(isinstance(name, str) for name in classes)
-    return named and all(isinstance(i, int) for i in category_ids) and len(classes) == 1 + len(category_ids)
+    """True if `classes` are "background" and a name for each of `category_ids`, whole numbers in ascending order."""
+    named = classes[:1] == ["background"] and all(isinstance(name, str) for name in classes)
+    whole = all(isinstance(i, int) for i in category_ids)
+    return named and whole and category_ids == sorted(set(category_ids)) and len(classes) == 1 + len(category_ids)
 
 
 def read_published(state, path):

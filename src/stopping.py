@@ -123,7 +123,7 @@ def lock(file):
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     for leftover in file.parent.iterdir():  # of a process that was killed as it saved
-        if re.fullmatch(rf"{file.stem}(_best)?\.pth\.tmp[0-9]+", leftover.name):
+        if re.fullmatch(rf"{file.stem}(_best)?\.pth\.tmp[0-9_]+", leftover.name):
             with contextlib.suppress(OSError):  # another user's, say: it is in nobody's way
                 leftover.unlink()
     return ""

@@ -286,6 +286,8 @@ def test_missing_file_and_folder(tmp_path):
         ("category_ids", None, "category_ids missing"),
         ("category_ids", [2], "classes or category_ids amiss"),
         ("category_ids", [2, "b"], "classes or category_ids amiss"),
+        ("category_ids", [2, 2], "classes or category_ids amiss"),
+        ("classes", ["cat", "dog", "cow"], "classes or category_ids amiss"),
         ("classes", ["background", "a", 7], "classes or category_ids amiss"),
     ],
 )

@@ -380,7 +380,7 @@ def stalled(tmp_path):
                 ]
                 threading.Thread(target=send, args=[pipe, pieces], daemon=True).start()
             # Without frames: until it has opened the pipe.
-            said = re.compile(rf"\b{frames}(/|frame)" if frames else "")
+            said = re.compile(rf"\b{frames}(/\d+|frame) \[" if frames else "")  # not the "5.20frame/s" of the bar
             for _ in range(600):
                 opened = process.poll() is None and str(tmp_path / "pipe") in map(link, fds(process.pid))
                 if opened and said.search((tmp_path / "log").read_text()):

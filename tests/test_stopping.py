@@ -45,7 +45,7 @@ def saving(run, file):
 
 def test_what_killed_saves_of_this_run_left_is_removed(tmp_path):
     kept = ["other.pth.tmp1", "ssd.pth.tmp1", "ssdlite.pth", "ssdlite_mine.pth.tmp1"]
-    for name in (*kept, "ssdlite.pth.tmp1", "ssdlite_best.pth.tmp22"):
+    for name in (*kept, "ssdlite.pth.tmp1", "ssdlite_best.pth.tmp22_1"):
         (tmp_path / name).touch()
     stopping.Stoppable(tmp_path / "ssdlite.pth")
     assert sorted(os.listdir(tmp_path)) == [*kept[:2], "ssdlite.lock", *kept[2:]]
