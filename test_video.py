@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,26 +70,31 @@ def open_video(source):
     """The opened video and its first frame (H, W, 3) uint8 BGR, upright."""
     exists = os.path.exists(source)
     if source.isdecimal() and not exists:
-        name, reader, what = int(source), cv2.CAP_ANY, "no such camera"
+        name = int(source)
+        reader = cv2.CAP_ANY
+        problem = "no such camera"
     elif is_stream(source):
-        name, reader, what = name_for_opencv("--input", source), cv2.CAP_ANY, "no video comes from there"
+        name = name_for_opencv("--input", source)
+        reader = cv2.CAP_ANY
+        problem = "no video comes from there"
     elif os.path.isdir(source) or not (exists or "%" in source):
         raise UserError(f"--input {source}: no such video file")
     elif exists and not os.access(source, os.R_OK):
         raise UserError(f"--input {source}: may not be read; change its permissions")
     else:
-        name, what = name_for_opencv("--input", source), "not a video, or one without frames"
+        name = name_for_opencv("--input", source)
+        problem = "not a video, or one without frames"
         # A named pipe by FFmpeg alone: what another reader has tried to read from it would be lost.
         reader = cv2.CAP_FFMPEG if Path(source).is_fifo() else cv2.CAP_ANY
     video = cv2.VideoCapture(name, reader)
     ok, frame = video.read()
     if not ok:
-        raise UserError(f"--input {source}: {what}")
+        raise UserError(f"--input {source}: {problem}")
     return video, frame
 
 
-def read_frames(video, first, stopped):
-    """Yield frames of an opened video, from the `first` to its end or until the list `stopped` is not empty.
+def read_frames(video, first, signals):
+    """Yield frames of an opened video, from the `first` to its end or until the list `signals` is not empty.
 
     They are read ahead in a thread that Python does not wait for: a camera or pipe may send nothing for a long time.
     """
@@ -103,7 +109,7 @@ def read_frames(video, first, stopped):
             ahead.put(error)
 
     def next_frame():
-        while not stopped:
+        while not signals:
             with contextlib.suppress(queue.Empty):
                 return ahead.get(timeout=0.2)
         return None
@@ -116,11 +122,11 @@ def read_frames(video, first, stopped):
         frame = next_frame()
         if isinstance(frame, Exception):
             raise frame
-    if not stopped:
+    if not signals:
         reader.join()  # it has sent its last frame
 
 
-def pace(source, video):
+def rate_and_length(source, video):
     """Frames per second of an opened video, and how many frames it promises (0: unknown).
 
     What the container says, unless the frames of a file have other timestamps: a variable rate
@@ -142,7 +148,8 @@ def pace(source, video):
         seconds = times[-1] - times[0]
         steps = frames - 1
         if not abs(fps * seconds - steps) <= 1:  # more than a frame apart
-            fps, total = steps / seconds, frames
+            fps = steps / seconds
+            total = frames
     return fps if 0 < fps < 10_000 else 25.0, total
 
 
@@ -195,11 +202,11 @@ def main():
     usage.prepare_outputs(written, [args.input, args.pretrained_model])
     detector = Detector.load(args.pretrained_model, args.device, args.amp)
     print(f"{args.pretrained_model}: {detector.origin}")
-    fps, total = pace(args.input, video)
+    fps, total = rate_and_length(args.input, video)
     writer, codec = open_writer(output, fps, first)
     notes = differences(video, first)
-    stopped = []
-    usage.handle_signals(lambda *_: stopped.append(True))
+    signals = []  # received
+    usage.handle_signals(lambda number, _: signals.append(number))
     number = 0  # of frames done
     seconds = math.inf
     start = time.perf_counter()
@@ -208,7 +215,7 @@ def main():
         lines = outputs.enter_context(open(args.json, "w", encoding="utf-8")) if args.json else None
         pool = outputs.enter_context(ThreadPoolExecutor(1))  # writes a frame while the next one is worked on
         writing = pool.submit(lambda: None)
-        for frame in tqdm(read_frames(video, first, stopped), total=total or None, unit="frame", leave=False):
+        for frame in tqdm(read_frames(video, first, signals), total=total or None, unit="frame", leave=False):
             image = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             found = detector([image], args.cls_threshold, args.nms_threshold)[0]
             drawn = draw_detections(image, **found, classes=detector.classes)
@@ -221,23 +228,27 @@ def main():
             seconds = time.perf_counter() - start
         writing.result()
     notes += f"; {number / seconds:.1f} frames per second"
-    if number < total and not stopped:
+    if number < total and not signals:
         notes += f" (the file promises {total}: it seems truncated)"
     print(f"{number} frames -> {output}, {codec}{notes}")
 
 
 def run():
     """Run `main`, and exit without Python's clean-up if a frame is still awaited: one that came then would abort it."""
-    status = 0
+    status = 1  # of an error that nobody foresaw
     try:
         usage.run(main)
+        status = 0
     except SystemExit as end:
         status = end.code
-    if any(thread.name == READER for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    except BaseException:
+        traceback.print_exc()
+    if not any(thread.name == READER for thread in threading.enumerate()):
+        sys.exit(status)
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

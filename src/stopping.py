@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # not Unix
 
 
 class Stoppable:
-    """What ends a run's loop early loses no step.
+    """Ends a run's loop early without losing a step.
 
     Ctrl-C, SIGTERM, SIGHUP (the terminal closes), SIGUSR1 and SIGUSR2 (clusters before their time
     limit) wait for the current step; a second Ctrl-C ends the run at once. What `nohup` ignores stays
@@ -30,7 +30,7 @@ class Stoppable:
 
     def __init__(self, file):
         """file (Path): the run's checkpoint; UserError, in every process, if another run has it. Collective."""
-        lock_checkpoint(file)
+        self.has_lock = lock_checkpoint(file)
         self.file = file
         self.run = None
         self.signals = []  # received and not yet obeyed
@@ -39,20 +39,21 @@ class Stoppable:
     def saving(self, run):
         """Around the loop: `run` is what is saved."""
         self.run = run
+        if self.has_lock:
+            remove_leftovers(self.file, run.options.get("pretrained_model"))
         usage.handle_signals(self.note)
         try:
             yield
         except (UnreadableImage, OSError):
-            kill_workers()  # also if the following fails
-            # Whichever process meets it: all have the same parameters (and their own running statistics).
+            # The process that met it saves: parameters are equal in all, only batch norm's running statistics differ.
             run.save(self.file, rank=distributed.rank())
             raise
         finally:
             kill_workers()
 
     def after_step(self, logged):
-        """Save and exit if any process was told to stop. Collective, with the same `logged` in all processes."""
-        # CUDA is asynchronous; syncing every step would stall it, so agree only when logging.
+        """Save and exit if any process received a signal. Collective, with the same `logged` in all processes."""
+        # CUDA is asynchronous; to wait for it at every step would stall it, so processes agree only when logging.
         on_gpu = next(self.run.network.parameters()).is_cuda
         if on_gpu and distributed.world_size() > 1 and not logged:
             return
@@ -64,9 +65,9 @@ class Stoppable:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """Within it a signal ends the process at once: the run is saved, and evaluation takes longer than a step.
+        """Within it a signal ends the process at once: the run has just been saved, and an evaluation takes long.
 
-        torchrun and clusters kill a process half a minute after they told it to stop.
+        torchrun and clusters kill a process half a minute after the signal.
         """
         usage.handle_signals(self.exit_now)
         if self.signals:
@@ -79,7 +80,7 @@ class Stoppable:
         """Handle a signal: remember it."""
         self.signals.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nfinishing the step, then saving; a second Ctrl-C leaves at once\n")
+            os.write(2, b"\nfinishing the step, then saving; press Ctrl-C again to quit at once\n")
         usage.handle_signals(signal.SIG_DFL, [signal.SIGINT])
 
     def exit_now(self, number, frame=None):
@@ -96,37 +97,47 @@ class Stoppable:
 
 
 def lock_checkpoint(file):
-    """Let no other run write the checkpoint `file` (Path); UserError, in every process, if one does."""
+    """Let no other run write the checkpoint `file` (Path); UserError, in every process, if one does.
+
+    True in the process that holds the lock from now on.
+    """
+    has_lock = False
     holder = ""
     if is_main_process():
-        holder = lock(file.with_suffix(".lock"))
+        has_lock, holder = take_lock(file.with_suffix(".lock"))
     if distributed.all_reduce([float(bool(holder))])[0]:
         if not holder:
             sys.exit(2)  # rank 0 says why
         raise UserError(f"--save-folder {file.parent}: in use by {holder}; give each run its own")
+    return has_lock
 
 
-def lock(file):
-    """Let no other run hold lock `file` until this process ends; returns who holds it, or ""."""
+def take_lock(file):
+    """Let no other run hold lock `file` until this process ends; returns True or False, and who else holds it or ""."""
     if fcntl is None:
         print_rank0(f"{file}: no locks on this system; make sure that no other run writes here")
-        return ""
+        return False, ""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # never closed
         # A POSIX lock: released when the process dies; forked workers do not inherit it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.read(descriptor, 999).decode(errors="replace") or "another run"
+        return False, os.read(descriptor, 999).decode(errors="replace") or "another run"
     except OSError as error:  # another user's file, or a network file system without locks
         print_rank0(f"{file}: no lock ({error.strerror}); make sure that no other run writes here")
-        return ""
+        return False, ""
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    for leftover in file.parent.iterdir():  # of a process that was killed as it saved
-        if re.fullmatch(rf"{file.stem}(_best)?\.pth\.tmp[0-9_]+", leftover.name):
-            with contextlib.suppress(OSError):  # another user's, say: it is in nobody's way
+    return True, ""
+
+
+def remove_leftovers(file, pretrained_model):
+    """Delete what processes left that were killed as they saved checkpoint `file`, unless training starts from it."""
+    with contextlib.suppress(OSError):  # another user's, say: it is in nobody's way
+        for leftover in file.parent.iterdir():
+            is_ours = re.fullmatch(rf"{file.stem}(_best)?\.pth\.tmp[0-9_]+", leftover.name)
+            if is_ours and leftover.name != os.path.basename(pretrained_model or ""):
                 leftover.unlink()
-    return ""
 
 
 def start_worker(worker):

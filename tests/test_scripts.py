@@ -196,12 +196,6 @@ def test_image_script(shapes, tmp_path, monkeypatch):
     assert [file.name for file in (tmp_path / "new").iterdir()] == [f"{files[0].stem}_prediction.jpg"]
 
 
-def test_image_script_names_its_output_itself(shapes, tmp_path, monkeypatch):
-    image = shutil.copy(next((shapes / "val2017").glob("*.jpg")), tmp_path / "a b.jpg")
-    assert run_here(monkeypatch, "test_image.py", "--input", image, "--pretrained-model", SHAPES) == 0
-    assert (tmp_path / "a b_prediction.jpg").is_file()
-
-
 def test_image_script_keeps_the_sub_folders(shapes, tmp_path, monkeypatch):
     image, folder = next((shapes / "val2017").glob("*.jpg")), tmp_path / "in"
     for name in ("a.jpg", "one/a.jpg", "one/two/b.jpg", "one/a_prediction.jpg", "note.txt"):
@@ -290,8 +284,8 @@ def test_a_doubled_time_does_not_hide_a_variable_rate(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cv2, "VideoCapture", Packets)
     (tmp_path / "a.webm").touch()
-    pace = runpy.run_path(str(ROOT / "test_video.py"))["pace"]
-    assert pace(str(tmp_path / "a.webm"), Video()) == (pytest.approx(25.0), 101)
+    rate_and_length = runpy.run_path(str(ROOT / "test_video.py"))["rate_and_length"]
+    assert rate_and_length(str(tmp_path / "a.webm"), Video()) == (pytest.approx(25.0), 101)
 
 
 @pytest.mark.parametrize("codec", ["mpg1", "mpg2"])
@@ -358,13 +352,15 @@ def stalled(tmp_path):
     """Function that sends frames to a pipe and, when test_video.py has done them, a signal; how that ends.
 
     With `slowly`, the pipe goes on to send frames: more slowly than the script works, so that it awaits one as it ends.
+    `code` is run before the script.
     """
 
-    def run(frames, number, *options, slowly=False):
+    def run(frames, number, *options, slowly=False, code=""):
         os.mkfifo(tmp_path / "pipe")
         pipe = os.open(tmp_path / "pipe", os.O_RDWR)  # does not wait for a reader
         options = ["--input", tmp_path / "pipe", "--output", tmp_path / "a.avi", "--pretrained-model", SHAPES, *options]
-        command = [sys.executable, ROOT / "test_video.py", *options]
+        code += f"\nimport runpy\nrunpy.run_path({str(ROOT / 'test_video.py')!r}, run_name='__main__')"
+        command = [sys.executable, "-c", code, *options]
         with open(tmp_path / "log", "w") as log:
             env = ENV | {"TQDM_MININTERVAL": "0"}  # the progress bar shows every frame
             process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log)
@@ -382,7 +378,9 @@ def stalled(tmp_path):
             # Without frames: until it has opened the pipe.
             said = re.compile(rf"\b{frames}(/\d+|frame) \[" if frames else "")  # not the "5.20frame/s" of the bar
             for _ in range(600):
-                opened = process.poll() is None and str(tmp_path / "pipe") in map(link, fds(process.pid))
+                if process.poll() is not None:
+                    break
+                opened = str(tmp_path / "pipe") in map(link, fds(process.pid))
                 if opened and said.search((tmp_path / "log").read_text()):
                     break
                 time.sleep(0.1)
@@ -422,6 +420,24 @@ def test_a_slow_camera_is_left_with_the_right_status(stalled, tmp_path, options,
     assert ended == status and ("No space left" in said) == (status == 2)
     count = len(frames_of(tmp_path / "a.avi"))
     assert count >= 20 and (status == 2 or f"{count} frames -> " in said)
+
+
+# As the 21st frame is worked on.
+BUG = """
+from src.detector import Detector
+detect, calls = Detector.__call__, iter(range(20))
+Detector.__call__ = lambda *args: detect(*args) if next(calls, None) is not None else 1 / 0
+"""
+
+
+def test_a_bug_while_a_camera_is_slow_has_its_traceback_and_status(stalled):
+    ended, said = stalled(20, signal.SIGINT, slowly=True, code=BUG)
+    assert ended == 1 and said.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_a_closed_standard_output_does_not_hold_the_video_script(stalled, tmp_path):
+    ended, _ = stalled(20, signal.SIGINT, slowly=True, code="import sys; sys.stdout = None")
+    assert ended == 0 and len(frames_of(tmp_path / "a.avi")) >= 20
 
 
 def test_an_error_of_the_reader_is_not_the_end_of_the_video():
@@ -517,7 +533,7 @@ def test_a_finished_run_says_so_and_what_changed(shapes, trained, tmp_path, monk
 
 def hold_lock(file, started):
     """In a process: take a run's lock, and start a worker, as training does."""
-    stopping.lock(file)
+    stopping.take_lock(file)
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
     worker.start()
     started.send(worker.pid)
@@ -538,21 +554,21 @@ def test_a_second_run_into_a_save_folder_is_refused_until_the_first_ends(shapes,
         first.kill()
         first.join()
         os.kill(worker, 0)  # it lives on, as workers do for some seconds
-        assert stopping.lock(tmp_path / "ssdlite.lock") == ""
+        assert stopping.take_lock(tmp_path / "ssdlite.lock") == (True, "")
     finally:
         first.kill()
         os.kill(worker, signal.SIGKILL)
 
 
 # What pycocotools makes of the files alone, in a process that knows nothing of this project.
-JUDGE = """
+PYCOCOTOOLS = """
 import sys
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 ground_truth = COCO(sys.argv[1])
-judge = COCOeval(ground_truth, ground_truth.loadRes(sys.argv[2]), "bbox")
-judge.evaluate(), judge.accumulate(), judge.summarize()
-print(*judge.stats.tolist())
+coco_eval = COCOeval(ground_truth, ground_truth.loadRes(sys.argv[2]), "bbox")
+coco_eval.evaluate(), coco_eval.accumulate(), coco_eval.summarize()
+print(*coco_eval.stats.tolist())
 """
 
 
@@ -564,7 +580,7 @@ def test_metrics_are_those_of_pycocotools_in_another_process(shapes, tmp_path, m
     assert run_here(monkeypatch, "test_dataset.py", *options, "--output", tmp_path) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     ground_truth = shapes / "annotations" / "instances_val2017.json"
-    command = [sys.executable, "-c", JUDGE, ground_truth, tmp_path / "detections.json"]
+    command = [sys.executable, "-c", PYCOCOTOOLS, ground_truth, tmp_path / "detections.json"]
     said = subprocess.check_output(list(map(str, command)), cwd=tmp_path, text=True)
     stats = list(map(float, said.splitlines()[-1].split()))
     assert [metrics[name] for name in METRICS] == pytest.approx(stats, abs=1e-12)

@@ -43,19 +43,20 @@ def saving(run, file):
         yield stoppable
 
 
-def test_what_killed_saves_of_this_run_left_is_removed(tmp_path):
-    kept = ["other.pth.tmp1", "ssd.pth.tmp1", "ssdlite.pth", "ssdlite_mine.pth.tmp1"]
+def test_what_killed_saves_of_this_run_left_is_removed(restored_signals, run, tmp_path):
+    run.options["pretrained_model"] = str(tmp_path / "ssdlite.pth.tmp2")
+    kept = ["other.pth.tmp1", "ssd.pth.tmp1", "ssdlite.pth", "ssdlite.pth.tmp2", "ssdlite_mine.pth.tmp1"]
     for name in (*kept, "ssdlite.pth.tmp1", "ssdlite_best.pth.tmp22_1"):
         (tmp_path / name).touch()
-    stopping.Stoppable(tmp_path / "ssdlite.pth")
-    assert sorted(os.listdir(tmp_path)) == [*kept[:2], "ssdlite.lock", *kept[2:]]
+    with saving(run, tmp_path / "ssdlite.pth"):
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, "ssdlite.lock"])
 
 
-def test_without_a_lock_nothing_is_removed(tmp_path, monkeypatch):
+def test_without_a_lock_nothing_is_removed(restored_signals, run, tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "fcntl", None)
     (tmp_path / "ssdlite.pth.tmp1").touch()  # another run may be saving
-    stopping.Stoppable(tmp_path / "ssdlite.pth")
-    assert os.listdir(tmp_path) == ["ssdlite.pth.tmp1"]
+    with saving(run, tmp_path / "ssdlite.pth"):
+        assert os.listdir(tmp_path) == ["ssdlite.pth.tmp1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
@@ -124,6 +125,6 @@ def test_without_fcntl_and_unixs_signals_a_line_says_that_there_is_no_lock(monke
         monkeypatch.delattr(signal, name)
     assert runpy.run_path(str(ROOT / "src/usage.py"))["ENDING"] == [signal.SIGINT, signal.SIGTERM]
     module = runpy.run_path(str(ROOT / "src/stopping.py"))
-    assert module["lock"](tmp_path / "ssdlite.lock") == ""
+    assert module["take_lock"](tmp_path / "ssdlite.lock") == (False, "")
     assert "no locks on this system" in capsys.readouterr().out
     module["kill_workers"]()
