@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from src import usage
-from src.boxes import NMS_THRESHOLD
+from src.boxes import MAX_DETECTIONS, NMS_THRESHOLD
 from src.detector import SHOW_THRESHOLD, Detector
 from src.transform import normalize
 
@@ -54,7 +54,7 @@ after (float[D, 4] all_boxes, float[K, D] all_scores, int64[3] shape,
        float score_threshold = {SHOW_THRESHOLD}, float nms_threshold = {NMS_THRESHOLD})
     => (float[N, 4] boxes, int64[N] labels, float[N] scores)
 {
-    most = Constant <value_ints = [200]> ()
+    most = Constant <value_ints = [MAX_DETECTIONS]> ()
     one = Constant <value_ints = [1]> ()
     class_scores, best = TopK (all_scores, most)                        # (K, 200) both
     class_boxes = Gather (all_boxes, best)                              # (K, 200, 4)
@@ -84,12 +84,20 @@ after (float[D, 4] all_boxes, float[K, D] all_scores, int64[3] shape,
 """
 
 
+def parse(text, **values):
+    """The ONNX model of HEADER and `text`, in which each name of `values` stands for its value."""
+    for name, value in values.items():
+        text = text.replace(name, str(value))
+    return onnx.parser.parse_model(HEADER + text)
+
+
 class Exported(nn.Module):
     """The part that torch exports: from resized pixels to the boxes and scores of all classes."""
 
     def __init__(self, detector):
         super().__init__()
-        self.network, self.encoder = detector.network, detector.encoder
+        self.network = detector.network
+        self.encoder = detector.encoder
 
     def forward(self, pixels):
         """(1, 300, 300, 3) uint8 or float32 -> (D, 4) xyxy in [0, 1] but not clipped, (K, D) scores."""
@@ -118,11 +126,8 @@ def export(detector, network_only=False):
     for node in onnx_model.graph.node:
         node.ClearField("metadata_props")  # paths and lines of the source on this machine
     if not network_only:
-        before, after = BEFORE, AFTER
-        values = {"SIZE": detector.size, "SHOW_THRESHOLD": SHOW_THRESHOLD, "NMS_THRESHOLD": NMS_THRESHOLD}
-        for name, value in values.items():
-            before, after = (text.replace(name, str(value)) for text in (before, after))
-        before, after = (onnx.parser.parse_model(HEADER + text) for text in (before, after))
+        before = parse(BEFORE, SIZE=detector.size)
+        after = parse(AFTER, SHOW_THRESHOLD=SHOW_THRESHOLD, NMS_THRESHOLD=NMS_THRESHOLD, MAX_DETECTIONS=MAX_DETECTIONS)
         onnx_model = onnx.compose.merge_models(before, onnx_model, [("pixels", "pixels")])
         onnx_model = onnx.compose.merge_models(onnx_model, after, [(name, name) for name in (*outputs, "shape")])
         del onnx_model.opset_import[1:]  # merging repeats it

@@ -14,7 +14,7 @@ from src import usage
 from src.annotations import load_ground_truth
 from src.boxes import SCORE_THRESHOLD
 from src.dataset import CocoDataset, check_categories
-from src.detector import DATASET_THRESHOLD, Detector, above, add_options
+from src.detector import DATASET_THRESHOLD, Detector, add_options, keep_above
 from src.engine import class_table, coco_results, compute_metrics, metrics_table
 from src.images import save_image
 from src.usage import UserError
@@ -76,7 +76,7 @@ def draw_to(output, classes, threshold, image_id, image, found):
     """Draw what scores above `threshold` in an image to the folder `output`; returns an error message, or None."""
     file = output / f"{image_id}.jpg"
     try:
-        save_image(draw_detections(image, **above(threshold, found), classes=classes), file, quality=90)
+        save_image(draw_detections(image, **keep_above(threshold, found), classes=classes), file, quality=90)
     except UserError as error:
         return str(error)
     except OSError as error:  # a full disk

@@ -47,9 +47,9 @@ def find_images(inputs):
     for path in dict.fromkeys(map(Path, inputs)):
         if os.path.isdir(path):
             for file in sorted(search(path, skipped)):
-                files.setdefault(place(file), (file, file.relative_to(path)))
+                files.setdefault(path_key(file), (file, file.relative_to(path)))
         elif os.path.isfile(path) or os.path.islink(path):  # a broken link is reported with the other failures
-            files.setdefault(place(path), (path, Path(path.name)))
+            files.setdefault(path_key(path), (path, Path(path.name)))
         else:
             raise UserError(f"--input {path}: no such file or folder")
     skipped = ", ".join(f"{count} {what}" for what, count in skipped.items() if count)
@@ -58,8 +58,8 @@ def find_images(inputs):
     return list(files.values()), skipped
 
 
-def place(file):
-    """The same for all ways to write the path of a file, but not for links to it."""
+def path_key(file):
+    """A key that is the same for all ways to write the path of a file, but not for links to it."""
     return os.path.realpath(file.parent), file.name
 
 

@@ -39,13 +39,13 @@ def parse_args():
     add("--train-set", default="train2017", help="folder of the training images")
     add("--val-set", default="val2017", help="folder of the validation images")
     add("--zoom-out", action="store_true", help="the paper's expansion (section 3.6)")
-    add("--no-flip", action="store_true", help="do not mirror images: for classes that differ only in left and right")
+    add("--no-flip", action="store_true", help="do not mirror images: for classes that are each other's mirror images")
     add("--num-workers", type=natural, default=4, help="loading processes per training process")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(DEFAULT_BOXES), help="default: that of --pretrained-model, else ssd")
     add("--pretrained-model", help="checkpoint to fine-tune, from train.py or published")
     add("--no-pretrained-backbone", action="store_true", help="start from random weights, without ImageNet's")
-    add("--freeze", action="store_true", help="keep the backbone's layers up to stride 8 as they are; to fine-tune")
+    add("--freeze", action="store_true", help="do not train the backbone up to stride 8; for fine-tuning")
     add("--nms-threshold", type=fraction, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=65, help="passes over the training images")
@@ -59,11 +59,11 @@ def parse_args():
     add("--momentum", type=fraction, default=0.9, help="of SGD")
     add("--weight-decay", type=rate, default=5e-4, help="not on biases and batch norm")
     add("--amp", action="store_true", help="mixed precision: float16 on a GPU, bfloat16 on a CPU")
-    add("--seed", type=natural, default=123, help="of everything random")
+    add("--seed", type=natural, default=123, help="of all random numbers")
     add = parser.add_argument_group("running").add_argument
-    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the CUDA GPU if there is one)")
     add("--save-folder", default="trained_models", help="checkpoints; the run in it is resumed")
-    add("--save-every", type=positive, help="iterations; also within an epoch (default: only at its end)")
+    add("--save-every", type=positive, help="also save after every so many iterations")
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; LOCAL_RANK is used
     args = parser.parse_args()
@@ -88,7 +88,7 @@ def main():
     device = distributed.set_up(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    print_rank0(f"running on {distributed.devices(device)}" + distributed.amp_note(device, args.amp))
+    print_rank0(f"running on {distributed.describe_devices(device)}" + distributed.amp_note(device, args.amp))
 
     # Data. CocoDataset turns category ids into labels (to_labels in src/classes.py); `evaluate` turns them back.
     train_set, val_set = open_sets(args)
@@ -109,23 +109,24 @@ def main():
         freeze(network)
     network = network.to(device, memory_format=torch.channels_last)
     criterion = MultiBoxLoss()
-    optimizer = make_optimizer(network, args.lr, args.momentum, args.weight_decay, args.backbone_lr_factor)
+    optimizer = make_optimizer(network, args.momentum, args.weight_decay, args.backbone_lr_factor)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
-    schedule = partial(learning_rate, args, iterations, distributed.world_size())  # set at each step
+    schedule = partial(learning_rate, args, iterations, distributed.world_size())  # (epoch, iteration) -> rate
     print_rank0(describe_schedule(args, iterations, schedule))
 
     # Resume
     options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
     run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
-    run.resume(latest)  # if it exists: weights, momentum, epoch and samples seen
+    run.resume(latest)  # if it exists: weights, momentum, loss scale, epoch, samples seen and best AP
 
     # Train and evaluate
-    ddp_network = distributed.maybe_ddp(network)
+    ddp_network = distributed.maybe_ddp(network)  # the same weights; with several processes it averages gradients
     log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
-    with stoppable.saving(run):
+    with stoppable.saving(run):  # also when a broken image or a full disk ends the loop
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
-            # A generator: each turn of the loop trains one step and adds to run.samples_seen; every tenth has a report.
+            # A generator: each turn of the loop sets the learning rate, trains one step and adds to run.samples_seen.
+            # Every tenth step has a report of the losses, and the last one of the epoch; the others None.
             steps = train_steps(
                 run, train_loader, network=ddp_network, criterion=criterion, learning_rate=schedule, amp=args.amp
             )
@@ -134,7 +135,7 @@ def main():
                     write(log, "Train", report, epoch * iterations + iteration)
                 if args.save_every and (iteration + 1) % args.save_every == 0:
                     run.save(latest)
-                stoppable.after_step(report)  # after a signal: save and exit
+                stoppable.after_step(report)  # if a signal came: save and exit; on several GPUs at the next report
             distributed.broadcast_buffers(network)  # batch norm's statistics differ between processes
             run.save(latest)  # trained but not evaluated: a run that is stopped below repeats only the evaluation
             with stoppable.evaluation():
@@ -176,9 +177,9 @@ def prepare_folders(args):
 
 
 def check_files(args, train_set, val_set, checkpoints):
-    """What a new run checks, as a resumed one finds broken images when it loads them.
+    """UserError if a checkpoint would replace the one that training starts from, or an image is missing or amiss.
 
-    UserError if one of its checkpoints would replace the one it starts from, or an image is missing or of another size.
+    For new runs only: it takes minutes on COCO. A resumed run stops at a broken image when it loads it.
     """
     if args.pretrained_model:
         usage.prepare_outputs([("--save-folder", file) for file in checkpoints], [args.pretrained_model])

@@ -46,6 +46,7 @@ COLORS = plt.get_cmap("tab10").colors
 INK, BLUE, ORANGE, RED = "#212529", "#1971c2", "#f76707", "#c92a2a"
 DASHES = (0, (4, 3))
 SCORE = 0.4  # detections below are not drawn
+FOUND_IOU = 0.5  # above it an object counts as found
 
 BACKBONES = {"ssd": "ResNet-50\nto conv4", "ssdlite": "MobileNetV2"}
 HEADS = {"ssd": "3 x 3 convolutions", "ssdlite": "depthwise 3 x 3, then 1 x 1 convolutions"}
@@ -156,7 +157,7 @@ def compare(boxes, labels, found_boxes, found_labels):
     right = np.zeros(len(found_boxes), bool)
     for k in range(len(found_boxes) if len(boxes) else 0):  # scores descend
         g = iou[:, k].argmax()
-        if iou[g, k] > 0.5:
+        if iou[g, k] > FOUND_IOU:
             found[g] = right[k] = True
             iou[g] = 0
     return found, right
@@ -447,7 +448,7 @@ def before_and_after_nms(data, rng, detector):
     tag(axes[1], boxes, texts, class_colors(labels), 12, panel=4)
     if len(raw) > len(boxes):  # of those that were removed, the one that overlaps its better one least
         iou = pairwise_iou(raw, boxes).where(raw_labels[:, None] == labels, 0)
-        iou, better = iou.where(iou > 0.5, 2).min(dim=1)
+        iou, better = iou.where(iou > NMS_THRESHOLD, 2).min(dim=1)
         worst = int(iou.argmin())
         kept = int(better[worst])
         outline(axes[0], boxes[kept], class_colors(labels)[kept], 3, casing=1.5)
@@ -464,7 +465,7 @@ def precision_recall(data, detector):
     _, detections = evaluate(detector, loader, ground_truth)
     coco_eval = run_coco_eval(ground_truth, detections, detector.category_ids)
     recall = coco_eval.params.recThrs
-    (t,) = np.flatnonzero(np.isclose(coco_eval.params.iouThrs, 0.5))
+    (t,) = np.flatnonzero(np.isclose(coco_eval.params.iouThrs, FOUND_IOU))
     curves = coco_eval.eval["precision"][t, :, :, 0, -1]  # recall, class; all sizes, 100 boxes
     present = np.flatnonzero((curves > -1).all(axis=0))
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2), layout="constrained", sharey=True)
@@ -536,7 +537,7 @@ def main():
     if not len(train_set.boxes):
         raise UserError(f"{train_set.annotation_file}: has no boxes to draw")
     folder = Path(args.output)
-    usage.check_writable("--output", folder / "network_ssd.png")
+    usage.prepare_output("--output", folder / "network_ssd.png")
 
     def draw(function, *given, file=None):
         figure = function(*given)

@@ -13,6 +13,7 @@ MATCHING_IOU = 0.5  # above it a default box is matched to an object (SSD sectio
 # SSD section 3.7 has 0.01 and 0.45.
 SCORE_THRESHOLD = 0.01  # of what counts as a detection
 NMS_THRESHOLD = 0.5  # IoU above which the weaker of two boxes of a class is removed
+MAX_DETECTIONS = 200  # of an image; before NMS, of a class
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,14 @@ class Encoder:
         corners = self.corners.cpu()
         return torch.cat([pairwise_iou(part, corners).amax(dim=1) for part in boxes.split(100)]) > MATCHING_IOU
 
-    def decode(self, loc, cls_logits, score_threshold=SCORE_THRESHOLD, nms_threshold=NMS_THRESHOLD, max_detections=200):
+    def decode(
+        self,
+        loc,
+        cls_logits,
+        score_threshold=SCORE_THRESHOLD,
+        nms_threshold=NMS_THRESHOLD,
+        max_detections=MAX_DETECTIONS,
+    ):
         """Turn raw outputs into detections (SSD section 2.2 and "inference" of section 3.7).
 
         loc (B, D, 4), cls_logits (B, D, C) -> list of B dicts: boxes (K, 4) xyxy in [0, 1],

@@ -1,4 +1,4 @@
-"""Checkpoints: a run, which is saved and resumed; its start; reading ours and published ones.
+"""Save and resume a run, start its network, and read checkpoints, ours and published ones.
 
 Nothing that is read is ever executed.
 """
@@ -15,7 +15,7 @@ from torch import nn
 
 from src import distributed
 from src.boxes import DEFAULT_BOXES
-from src.classes import COCO_CATEGORY_IDS, COCO_CLASSES, OTHER_NAME, VOC_CLASSES
+from src.classes import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES, matching_labels
 from src.distributed import is_main_process, print_rank0
 from src.model import IMAGENET_WEIGHTS, MODELS, build_model
 from src.transform import IMAGENET_MEAN, IMAGENET_STD
@@ -82,8 +82,8 @@ class Run:
                 f"{file}: has no optimizer state, so it cannot be resumed; move it away, and give it as"
                 " --pretrained-model to start from it"
             )
-        place = [checkpoint["epoch"], checkpoint["samples_seen"]] if checkpoint else [-1, 0]
-        if distributed.all_reduce(place) != [distributed.world_size() * value for value in place]:
+        position = [checkpoint["epoch"], checkpoint["samples_seen"]] if checkpoint else [-1, 0]
+        if distributed.all_reduce(position) != [distributed.world_size() * value for value in position]:
             raise UserError(f"{file}: differs between processes: --save-folder must be storage that all machines share")
         if not checkpoint:
             return
@@ -116,7 +116,10 @@ def check_model(checkpoint, model):
 
 
 def start_network(args, classes, resuming):
-    """The network of a new run: with ImageNet's weights, or those to fine-tune; one to be resumed brings its own."""
+    """Build the network, with ImageNet's weights or those of --pretrained-model; for a run to be resumed, with neither.
+
+    `Run.resume` then loads the run's own weights.
+    """
     imagenet = not (resuming or args.pretrained_model or args.no_pretrained_backbone)
     if imagenet and is_main_process():  # DDP hands rank 0's weights to all
         return with_imagenet(args.model, len(classes))
@@ -124,7 +127,9 @@ def start_network(args, classes, resuming):
     if args.pretrained_model and not resuming:
         checkpoint = load_checkpoint(args.pretrained_model)
         check_model(checkpoint, args.model)
-        print_rank0(fine_tune_from(network, checkpoint, classes, args.pretrained_model))
+        fresh = load_matching_weights(network, checkpoint, classes, args.pretrained_model)
+        heads = f"these start fresh: {', '.join(fresh)}" if fresh else "none starts fresh"
+        print_rank0(f"{args.pretrained_model}: loaded ({checkpoint['origin']}), class heads by name, {heads}")
     return network
 
 
@@ -197,8 +202,8 @@ def load_checkpoint(path):
             raise UserError(f"{path}: model {state['model']!r} is not one of ours; use another checkpoint")
         wrong = [key for key, kind in OUR_KEYS.items() if not isinstance(state.get(key), kind)]
         if wrong or not labels_fit(state["classes"], state["category_ids"]):
-            what = f"{', '.join(wrong)} missing or of another type" if wrong else "classes or category_ids amiss"
-            raise UserError(f"{path}: model {state['model']!r}, {what}: not one of ours; use another")
+            problem = f"{', '.join(wrong)} missing or of another type" if wrong else "classes do not fit category_ids"
+            raise UserError(f"{path}: model {state['model']!r}, {problem}: not one of ours; use another")
         if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's
             state["model_state_dict"].setdefault("backbone.mean", torch.zeros(3, 1, 1))
         return state | {"origin": f"checkpoint of this project, {state['model']}"}
@@ -351,28 +356,24 @@ def load_weights(network, weights, path):
         raise UserError(
             f"{path}: does not fit the model: "
             + "; ".join(
-                f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''})"
                 for kind, names in misfits.items()
             )
         )
     network.load_state_dict(weights)
 
 
-def fine_tune_from(network, checkpoint, classes, path):
-    """Load a checkpoint's weights into a network for other `classes`; returns a line to print: what was taken.
+def load_matching_weights(network, checkpoint, classes, path):
+    """Load a checkpoint's weights into a network for other `classes`; returns the names of those that start fresh.
 
-    Rows of the class heads follow the names of the classes, VOC's or COCO's; only those of new names
-    start fresh.
+    Rows of the class heads follow the names of the classes, VOC's or COCO's; only those of new names start fresh.
     """
     known = checkpoint["classes"]
     source = type(network)(network.default_boxes, len(known), pretrained_backbone=False)
     load_weights(source, checkpoint["model_state_dict"], path)
     weights = source.state_dict()
     fresh_weights = network.state_dict()
-    # Row 0 is ours; a category of the user's may be called "background", too.
-    names = [name if name in known[1:] else OTHER_NAME.get(name) for name in classes]  # as the checkpoint has them
-    here = [0, *(n for n, name in enumerate(names) if n > 0 and name in known[1:])]
-    there = [0, *(known.index(names[n], 1) for n in here[1:])]
+    here, there = map(list, zip(*matching_labels(classes, known), strict=True))
     for layer, module in network.named_modules():
         # The layer that classifies, in either model: a head's only convolution with a bias.
         if layer.startswith("conf.") and isinstance(module, nn.Conv2d) and module.bias is not None:
@@ -381,6 +382,4 @@ def fine_tune_from(network, checkpoint, classes, path):
                 rows[here] = weights[name].unflatten(0, (len(known), -1))[there]
                 weights[name] = rows.flatten(0, 1)
     network.load_state_dict(weights)
-    fresh = [name for n, name in enumerate(classes) if n not in here]
-    heads = f"these start fresh: {', '.join(fresh)}" if fresh else "none starts fresh"
-    return f"{path}: loaded ({checkpoint['origin']}), class heads by name, {heads}"
+    return [name for label, name in enumerate(classes) if label not in here]

@@ -32,6 +32,21 @@ VOC_TO_COCO = {
 OTHER_NAME = VOC_TO_COCO | {coco: voc for voc, coco in VOC_TO_COCO.items()}
 
 
+def names_by_id(category_ids, classes):
+    """{category id: name of the class}."""
+    return dict(zip(category_ids, classes[1:], strict=True))
+
+
+def matching_labels(classes, others):
+    """[(label among `classes`, label among `others`), ...] of the same classes, by VOC's or COCO's name for them."""
+    pairs = [(0, 0)]  # background; a category of the user's may be called so, too
+    for label, name in enumerate(classes[1:], start=1):
+        found = name if name in others[1:] else OTHER_NAME.get(name)
+        if found in others[1:]:
+            pairs.append((label, others.index(found, 1)))
+    return pairs
+
+
 def to_labels(ids, category_ids):
     """Labels (N,) int64 from 1 of categories `ids` (N,), where category_ids are all, in ascending order."""
     return np.searchsorted(category_ids, ids) + 1

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from src import distributed
 from src.annotations import annotation_file, no_garbage_collection, read_annotations, trained_on
 from src.boxes import MATCHING_IOU
-from src.classes import to_labels
+from src.classes import names_by_id, to_labels
 from src.images import image_size, read_image
 from src.transform import augment, resize
 from src.usage import UnreadableImage, UserError, quoted
@@ -32,7 +32,10 @@ class CocoDataset(Dataset):
     def __init__(self, data_path, set_name, encoder=None, seed=0, zoom_out=False, size=300, mirror=True):
         self.folder = Path(data_path) / set_name
         self.annotation_file = annotation_file(data_path, set_name)
-        self.encoder, self.seed, self.zoom_out, self.size = encoder, seed, zoom_out, size
+        self.encoder = encoder
+        self.seed = seed
+        self.zoom_out = zoom_out
+        self.size = size
         self.mirror = mirror  # half of the samples
         data, self.repairs = read_annotations(self.annotation_file)
         categories = sorted(data["categories"], key=lambda category: category["id"])
@@ -100,7 +103,8 @@ class CocoDataset(Dataset):
 
     def read(self, index):
         """Image `index` as (H, W, 3) uint8 RGB, turned the way its annotations are."""
-        path, (width, height) = self.path(index), self.sizes[index].tolist()
+        path = self.path(index)
+        width, height = self.sizes[index].tolist()
         image = read_image(path)
         if image.shape[:2] != (height, width):  # the annotator may have ignored the EXIF orientation
             upright = image.shape
@@ -131,7 +135,7 @@ class CocoDataset(Dataset):
         share = range(distributed.rank(), len(self), distributed.world_size())
         for index in tqdm(share, f"checking {name} images", disable=not distributed.is_main_process(), leave=False):
             path = self.path(index)
-            if not os.path.isfile(path):  # unlike path.is_file() of names of any length
+            if not os.path.isfile(path):  # path.is_file() fails on a name that is too long
                 missing.append(os.fsdecode(self.file_names[index]))
             elif image_size(path) != tuple(self.sizes[index].tolist()):
                 self.read(index)
@@ -152,8 +156,8 @@ class CocoDataset(Dataset):
 
 def check_categories(data, category_ids, classes, source):
     """UserError if CocoDataset `data` has a category that is not among these, by id and name."""
-    known = dict(zip(category_ids, classes[1:], strict=True))
-    for category, name in zip(data.category_ids, data.classes[1:], strict=True):
+    known = names_by_id(category_ids, classes)
+    for category, name in names_by_id(data.category_ids, data.classes).items():
         if known.get(category) != name:
             there = f"is {quoted(known[category])}" if category in known else "does not exist"
             raise UserError(
@@ -182,8 +186,11 @@ class TrainSampler:
                 f"{num_samples} training images are less than one batch of {batch_size} x"
                 f" {world_size} processes: use {remedy}"
             )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
         self.start(epoch=0)
 
     def start(self, epoch, samples_seen=0):

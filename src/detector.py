@@ -29,7 +29,7 @@ def add_options(parser, cls_threshold, cls_help="lowest score to show"):
     add("--pretrained-model", required=True, help="checkpoint from train.py, or a published one")
     add("--cls-threshold", type=share, default=cls_threshold, help=cls_help)
     add("--nms-threshold", type=share, default=NMS_THRESHOLD, help="IoU above which a weaker box is removed")
-    add("--device", help="cpu, cuda, cuda:1 or mps (default: the GPU if there is one)")
+    add("--device", help="cpu, cuda, cuda:1 or mps (default: the CUDA GPU if there is one)")
     add("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
 
 
@@ -51,7 +51,10 @@ class Detector:
         self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)
         self.encoder = Encoder(make_default_boxes(name).to(self.device))
         self.size = DEFAULT_BOXES[name].input_size
-        self.name, self.classes, self.category_ids, self.origin = name, classes, category_ids, origin
+        self.name = name
+        self.classes = classes
+        self.category_ids = category_ids
+        self.origin = origin
 
     @classmethod
     def load(cls, path, device=None, amp=False):
@@ -134,7 +137,7 @@ def fold_batch_norm(module):
     return module
 
 
-def above(threshold, detections):
+def keep_above(threshold, detections):
     """Those of one image's detections that score above `threshold`."""
     return {key: values[detections["scores"] > threshold] for key, values in detections.items()}
 

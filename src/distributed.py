@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from src.usage import UserError
 
 # How long a process waits for the others before it fails: a machine that loses its power or its
-# network does not say so. It must exceed all that one process does while others wait: rank 0 saving
-# or downloading ImageNet's weights, a disk that is colder than the others' when files are checked.
+# network does not say so. It must be longer than anything that one process does while the others
+# wait: saving, downloading ImageNet's weights, checking files on a slow disk.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -39,7 +39,7 @@ def choose_device(name=None, local_rank=None):
                 raise UserError(f"{count} GPUs here: use no more processes")
             device = torch.device("cuda", local_rank)
         if (device.index or 0) >= count:
-            raise UserError(f"--device {device}: CUDA sees {count} GPUs, counted from 0; give another")
+            raise UserError(f"--device {device}: CUDA sees {count} GPUs, counted from 0; leave --device out")
     return device
 
 
@@ -67,8 +67,8 @@ def set_up(device_name=None):
         try:
             store, rank, world_size = open_store(TIMEOUT)
         except (RuntimeError, ValueError, OverflowError) as error:
-            place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
-            raise UserError(f"{place}: no connection ({error}); choose another port, with --master-port") from error
+            address = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+            raise UserError(f"{address}: no connection ({error}); choose another port, with --master-port") from error
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         except RuntimeError as error:
@@ -108,7 +108,7 @@ def open_store(timeout):
 
 @contextlib.contextmanager
 def report_lost_ranks():
-    """End a run whose processes wait for others in vain with a UserError that says for which ranks."""
+    """Turn the error of waiting too long for other processes into a UserError that names their ranks."""
     try:
         yield
     except RuntimeError as error:
@@ -161,8 +161,8 @@ def print_rank0(text):
         print(text, flush=True)
 
 
-def devices(device):
-    """What all processes run on: "8 x NVIDIA H100", "1 x CPU (16 threads)".
+def describe_devices(device):
+    """What all processes run on, in words: "8 x NVIDIA H100", "1 x CPU (16 threads)".
 
     device is this process's; collective.
     """
@@ -213,7 +213,7 @@ def maybe_ddp(network):
 
 
 def broadcast_buffers(network):
-    """Give every process rank 0's buffers, which are the saved ones: in training each keeps its own."""
+    """Copy rank 0's buffers, batch norm's statistics, to all processes: while training, each keeps its own."""
     if dist.is_initialized():
         barrier()
         for buffer in network.buffers():

@@ -25,11 +25,8 @@ LOG_EVERY = 10  # steps; losses are read, which waits for the device, only this 
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
-def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=1.0):
-    """SGD; no weight decay on biases and batch norm.
-
-    A parameter group's "lr_factor" multiplies the learning rate of every step.
-    """
+def make_optimizer(network, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=1.0):
+    """SGD; no weight decay on biases and batch norm. `train_steps` sets the learning rate before every step."""
     backbone = "backbone.", "feature_extractor."  # what its parameters' names start with
     groups = [
         {
@@ -40,12 +37,12 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
                 and name.startswith(backbone) == in_backbone
             ],
             "weight_decay": weight_decay if decays else 0.0,
-            "lr_factor": backbone_lr_factor if in_backbone else 1.0,
+            "lr_factor": backbone_lr_factor if in_backbone else 1.0,  # multiplies the learning rate of every step
         }
         for decays in (True, False)
         for in_backbone in (True, False)
     ]
-    optimizer = torch.optim.SGD(groups, lr, momentum=momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
     # Fused SGD leaves its buffers uninitialized if GradScaler skips the very first step.
     for p in network.parameters():
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -53,12 +50,11 @@ def make_optimizer(network, lr, momentum=0.9, weight_decay=5e-4, backbone_lr_fac
 
 
 def train_steps(run, loader, *, network, criterion, learning_rate, amp=False):
-    """Train on what is left of an epoch: a generator that takes a step each time it is asked for the next.
+    """Train on what is left of an epoch, one step for each turn of the caller's loop (a generator).
 
     run has optimizer, scaler, epoch and samples_seen, which each step advances; loader yields images (B, 300, 300, 3)
     uint8, loc_targets (B, D, 4), cls_targets (B, D) and image ids (B,); network is run.network, inside DDP if
-    several processes train; learning_rate(epoch, iteration) -> float, which a parameter group's "lr_factor"
-    multiplies.
+    several processes train; learning_rate(epoch, iteration) -> float.
     Yields (iteration, report): after every LOG_EVERY steps report is {tag: number}, losses averaged
     since the last one; otherwise None. Raises UserError on a loss that is not finite.
     """
@@ -77,7 +73,7 @@ def train_steps(run, loader, *, network, criterion, learning_rate, amp=False):
         iteration = run.samples_seen // per_step
         lr = learning_rate(run.epoch, iteration)
         for group in run.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+            group["lr"] = lr * group["lr_factor"]
         images = normalize(images.to(device, non_blocking=True))
         loc_targets = loc_targets.to(device, non_blocking=True)
         cls_targets = cls_targets.to(device, non_blocking=True)
@@ -176,7 +172,7 @@ def run_coco_eval(ground_truth, detections, category_ids):
     """Run pycocotools on the same {image id: detections} in every process; return its COCOeval, summarized.
 
     Nothing in pycocotools passes from one category to another until the last mean: each process
-    evaluates its share of the categories, then the shares are joined, bit for bit as one would have it.
+    evaluates its share of the categories; the joined result equals that of a single process bit for bit.
     """
     counts = Counter()
     for found in detections.values():

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from src.classes import to_category_ids, to_labels
-from src.detector import SHOW_THRESHOLD, above
+from src.detector import SHOW_THRESHOLD, keep_above
 from src.distributed import is_main_process
 from src.engine import METRICS
 from src.visualize import draw_detections
@@ -51,7 +51,7 @@ def write_images(log, detections, val_set, run, step, count=4):
     """Write the first validation images: what was found, and the ground truth to its right."""
     for index in range(min(count, len(val_set))):
         image, image_id, (width, height) = val_set[index]  # at the network's size
-        found = above(SHOW_THRESHOLD, detections[int(image_id)])
+        found = keep_above(SHOW_THRESHOLD, detections[int(image_id)])
         found["boxes"] = found["boxes"].numpy() * val_set.size / (width, height, width, height)  # from its own pixels
         boxes, labels = val_set.objects(index)
         # Labels of the validation set's own categories, perhaps fewer than the run's.

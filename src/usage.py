@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What a system says of a file that no line of ours foresaw, and what a user can do about it.
+# What a user can do about the system's errors with files that no check of ours foresaw.
 REMEDIES = dict.fromkeys(DISK_FULL, "make room and start again") | {
     errno.EACCES: "change its permissions, or choose another",
     errno.EPERM: "change its permissions, or choose another",
@@ -85,11 +85,8 @@ def make_folder(option, folder):
         raise UserError(f"{option} {folder}: may not be written to; choose another")
 
 
-def check_writable(option, path):
-    """Make sure that a file can be written at `path`: its folder is made, with all above it.
-
-    UserError if it cannot.
-    """
+def prepare_output(option, path):
+    """Make the folder of a file to be written, with all above it; UserError if the file cannot be written."""
     if os.path.isdir(path) or str(path).endswith(("/", os.sep)):
         raise UserError(f"{option} {path}: is a folder; give a file's name")
     folder = Path(path).parent
@@ -102,22 +99,22 @@ def check_writable(option, path):
 
 
 def prepare_outputs(outputs, inputs):
-    """Make sure that all outputs, [(option, path), ...], can be written, as check_writable does.
+    """Make sure that all outputs, [(option, path), ...], can be written, as prepare_output does.
 
     UserError if one of them is one of the inputs (paths, which need not exist), or another output.
     """
-    known = {identity(path): "an input" for path in inputs}
+    known = {file_key(path): "an input" for path in inputs}
     for option, path in outputs:
-        file = identity(path)
+        file = file_key(path)
         if file in known:
             raise UserError(f"{option} {path}: is {known[file]}, too; give another name")
         known[file] = f"what {option} writes"
     for option, path in outputs:
-        check_writable(option, path)
+        prepare_output(option, path)
 
 
-def identity(path):
-    """The same for all names of a file, which need not exist."""
+def file_key(path):
+    """A key that is the same for all names of a file, which need not exist."""
     try:
         status = os.stat(path)
         return status.st_dev, status.st_ino

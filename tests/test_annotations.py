@@ -153,7 +153,7 @@ def test_what_other_tools_export_is_accepted(tmp_path, change):
     change(image, annotation)
     small_dataset(tmp_path, [annotation], [image])
     dataset = CocoDataset(tmp_path, "set")
-    dataset.check_files([0])
+    dataset.check_files("set")
     np.testing.assert_allclose(dataset.boxes, [[0.05, 0.1, 0.15, 0.5]], rtol=1e-6)
     (repaired,) = load_ground_truth(dataset.annotation_file).anns.values()
     assert isinstance(repaired["id"], int) and repaired["area"] == 200

@@ -20,7 +20,7 @@ from samples import mb2_ssd_lite
 
 from src import checkpoint
 from src.boxes import Encoder, make_default_boxes
-from src.checkpoint import fine_tune_from, load_checkpoint, network_from, save_checkpoint
+from src.checkpoint import load_checkpoint, load_matching_weights, network_from, save_checkpoint
 from src.classes import COCO_CATEGORY_IDS, COCO_CLASSES, VOC_CLASSES
 from src.model import build_model
 from src.transform import normalize
@@ -95,9 +95,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as user_error:
         save_checkpoint(path, {"epoch": 2})
-    assert str(path) in str(told.value) and "--save-folder" in str(told.value)
+    assert str(path) in str(user_error.value) and "--save-folder" in str(user_error.value)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pth"]
 
 
@@ -154,12 +154,6 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "zip.pth", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have run
-
-
-def test_a_pickled_model_is_refused(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pth")  # what other projects hand out
-    with pytest.raises(UserError, match="a.pth"):
-        load_checkpoint(tmp_path / "a.pth")
 
 
 NO_CHECKPOINTS = {
@@ -260,7 +254,8 @@ def test_a_cut_checkpoint_is_a_users_error_wherever_it_is_cut(tmp_path, zipped):
 
 @pytest.mark.parametrize(
     "content",
-    [[1, 2], torch.ones(3), 7, None, {}, {"state_dict": {}}, {"weights": torch.ones(2), 3: 4},
+    [SMALL | {"model_state_dict": {1: torch.ones(1)}}, [1, 2], torch.ones(3), 7, None,
+     {}, {"state_dict": {}}, {"weights": torch.ones(2), 3: 4},
      {"model": "ssd"}, {"model_state_dict": [1]}, {"model": torch.ones(2), "epoch": 3}],
     ids=str,
 )  # fmt: skip
@@ -278,25 +273,25 @@ def test_missing_file_and_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value, told",
+    "key, value, message",
     [
         ("model", "resnet50", "model 'resnet50' is not one of ours"),  # of another project that has these keys, too
         ("model_state_dict", None, "model_state_dict missing"),
         ("model_state_dict", [torch.ones(1)], "model_state_dict missing or of another type"),
         ("category_ids", None, "category_ids missing"),
-        ("category_ids", [2], "classes or category_ids amiss"),
-        ("category_ids", [2, "b"], "classes or category_ids amiss"),
-        ("category_ids", [2, 2], "classes or category_ids amiss"),
-        ("classes", ["cat", "dog", "cow"], "classes or category_ids amiss"),
-        ("classes", ["background", "a", 7], "classes or category_ids amiss"),
+        ("category_ids", [2], "classes do not fit category_ids"),
+        ("category_ids", [2, "b"], "classes do not fit category_ids"),
+        ("category_ids", [2, 2], "classes do not fit category_ids"),
+        ("classes", ["cat", "dog", "cow"], "classes do not fit category_ids"),
+        ("classes", ["background", "a", 7], "classes do not fit category_ids"),
     ],
 )
-def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, key, value, told):
+def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, key, value, message):
     state, path = state_of(lite), tmp_path / "a.pth"
     save_checkpoint(path, state | {key: value})
     with pytest.raises(UserError, match="a.pth") as error:
         network_from(load_checkpoint(path), path)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_an_ssdlite_of_before_the_mean_is_read(tmp_path, lite):
@@ -443,7 +438,7 @@ def test_mb2_ssd_lites_first_layer_sees_the_same_pixels_up_to_the_border(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "num_classes, labels, names, told",
+    "num_classes, labels, names, message",
     [
         (21, None, VOC_CLASSES, "VOC's classes"),
         (3, None, ["class 1", "class 2"], "labels.txt"),
@@ -455,12 +450,12 @@ def test_mb2_ssd_lites_first_layer_sees_the_same_pixels_up_to_the_border(tmp_pat
         (3, b"\xe9t\xe9\nhiver", ["class 1", "class 2"], "is not UTF-8: not used"),
     ],
 )
-def test_mb2_ssd_lites_names_are_in_labels_txt_or_vocs(tmp_path, mb2, num_classes, labels, names, told):
+def test_mb2_ssd_lites_names_are_in_labels_txt_or_vocs(tmp_path, mb2, num_classes, labels, names, message):
     torch.save(of_classes(mb2, num_classes), tmp_path / "a.pth")
     if labels:
         (tmp_path / "labels.txt").write_bytes(labels if isinstance(labels, bytes) else labels.encode())
     state = load_checkpoint(tmp_path / "a.pth")
-    assert state["model"] == "ssdlite" and re.search(told, state["origin"]) and "\n" not in state["origin"]
+    assert state["model"] == "ssdlite" and re.search(message, state["origin"]) and "\n" not in state["origin"]
     assert state["classes"] == ["background", *names]
     assert state["category_ids"] == list(range(1, num_classes))
     network_from(state, tmp_path / "a.pth")
@@ -547,14 +542,6 @@ def marked(model):
     return {name: value + 1 for name, value in model.state_dict().items()}
 
 
-def test_fine_tuning_for_the_same_classes_takes_everything(lite):
-    model, weights = copy.deepcopy(lite), marked(lite)
-    source = {"model_state_dict": weights, "classes": CLASSES, "origin": "some layout"}
-    line = fine_tune_from(model, source, list(CLASSES), "some.pth")
-    assert same(dict(model.state_dict()), weights)
-    assert line.startswith("some.pth") and "some layout" in line and "\n" not in line
-
-
 @pytest.mark.parametrize(
     "name, classes, fresh",
     [
@@ -573,9 +560,7 @@ def test_rows_of_the_class_heads_follow_the_names(name, classes, fresh):
     model = build_model(name, len(classes), pretrained_backbone=False).eval()
     before = copy.deepcopy(model.conf)
     state = {"model_state_dict": source.state_dict(), "classes": CLASSES, "origin": "some layout"}
-    line = fine_tune_from(model, state, classes, "some.pth")
-    assert line.startswith("some.pth: ") and "(some layout)" in line and "\n" not in line
-    assert line.endswith(f": {', '.join(fresh)}" if fresh else "none starts fresh")
+    assert load_matching_weights(model, state, classes, "some.pth") == fresh
     images = torch.randn(1, 3, 300, 300)
     with torch.inference_mode():
         (loc, logits), (old_loc, old_logits) = model(images), source(images)
@@ -606,7 +591,7 @@ def test_vocs_and_cocos_names_are_the_same_classes(known, wanted):
     source = build_model("ssdlite", 7, pretrained_backbone=False)
     model = build_model("ssdlite", 7, pretrained_backbone=False)
     state = {"model_state_dict": source.state_dict(), "classes": known, "origin": "some layout"}
-    assert fine_tune_from(model, state, wanted, "some.pth").endswith("none starts fresh")
+    assert load_matching_weights(model, state, wanted, "some.pth") == []
     assert same(dict(model.state_dict()), dict(source.state_dict()))
 
 
@@ -614,7 +599,7 @@ def test_a_name_that_the_checkpoint_has_goes_before_its_other_name():
     source = build_model("ssdlite", 3, pretrained_backbone=False)
     state = {"model_state_dict": source.state_dict(), "classes": ["background", "couch", "sofa"], "origin": "x"}
     model = build_model("ssdlite", 3, pretrained_backbone=False)
-    fine_tune_from(model, state, ["background", "couch", "sofa"], "some.pth")
+    load_matching_weights(model, state, ["background", "couch", "sofa"], "some.pth")
     assert same(dict(model.state_dict()), dict(source.state_dict()))
 
 
@@ -626,8 +611,7 @@ def test_a_category_called_background_is_not_ours():
         p.data += 0.1 * torch.randn_like(p)
     model = build_model("ssdlite", 3, pretrained_backbone=False)
     state = {"model_state_dict": source.state_dict(), "classes": classes, "origin": "some layout"}
-    line = fine_tune_from(model, state, classes, "some.pth")
-    assert line.endswith("none starts fresh")
+    assert load_matching_weights(model, state, classes, "some.pth") == []
     assert same(dict(model.state_dict()), dict(source.state_dict()))
 
 
@@ -635,7 +619,7 @@ def test_fine_tuning_from_another_model_is_a_users_error(lite, coco_weights):
     source = {"model_state_dict": coco_weights, "classes": ["background"], "origin": "x"}
     model, before = copy.deepcopy(lite), dict(lite.state_dict())
     with pytest.raises(UserError, match="some.pth"):
-        fine_tune_from(model, source, CLASSES, "some.pth")
+        load_matching_weights(model, source, CLASSES, "some.pth")
     assert same(dict(model.state_dict()), before)
 
 

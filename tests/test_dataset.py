@@ -161,7 +161,7 @@ def test_a_missing_image_is_shown_with_the_name_that_looks_like_it(tmp_path, the
     content["images"][0]["file_name"] = wanted
     file.write_text(json.dumps(content))
     with pytest.raises(UserError) as error:
-        CocoDataset(tmp_path, "set").check_files([0])
+        CocoDataset(tmp_path, "set").check_files("set")
     assert f"the first is {shown}" in str(error.value) and f"there is '{Path(there).name}'" in str(error.value)
 
 
@@ -172,18 +172,8 @@ def test_names_that_no_file_has_are_missing(tmp_path, name):
     content["images"][0]["file_name"] = name
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match="1 of its 2 images are not in") as error:
-        CocoDataset(tmp_path, "set").check_files(range(2))
-    assert name[:30].split("\0")[0] in str(error.value)
-
-
-def test_missing_images_are_found_at_once_with_file_and_folder(tmp_path):
-    small_dataset(tmp_path)
-    (tmp_path / "set" / "b.jpg").unlink()
-    data = CocoDataset(tmp_path, "set")
-    with pytest.raises(UserError) as error:
-        data.check_files(range(2))
-    assert "b.jpg" in str(error.value) and str(tmp_path / "set") in str(error.value)
-    assert "1 of its 2" in str(error.value)
+        CocoDataset(tmp_path, "set").check_files("set")
+    assert name[:30].split("\0")[0] in str(error.value) and str(tmp_path / "set") in str(error.value)
 
 
 # Images and their names
@@ -220,13 +210,6 @@ def test_names_with_spaces_other_alphabets_and_subfolders(tmp_path, encoder):
     assert [data.read(i).shape[1] for i in range(4)] == [21, 22, 23, 24]
 
 
-def test_the_error_about_a_broken_image_names_the_file(tmp_path, encoder):
-    small_dataset(tmp_path)
-    (tmp_path / "set" / "a.jpg").write_bytes(b"not an image")
-    with pytest.raises(UserError, match="a.jpg"):
-        list(map(CocoDataset(tmp_path, "set").read, range(2)))
-
-
 # Samples
 
 
@@ -257,15 +240,15 @@ def equal(a, b):
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(shapes_folder, encoder):
-    data = CocoDataset(shapes_folder, "train2017", encoder, seed=5)
+    data = CocoDataset(shapes_folder, "train2017", encoder, seed=5, zoom_out=True)
     keys = [(epoch, index) for epoch in (0, 1, 7) for index in (0, 3, 11)]
     first = {key: data[key] for key in keys}
-    again = CocoDataset(shapes_folder, "train2017", encoder, seed=5)
+    again = CocoDataset(shapes_folder, "train2017", encoder, seed=5, zoom_out=True)
     np.random.seed(0)  # no global state has a say
     torch.manual_seed(0)
     for key in reversed(keys):
         assert equal(again[key], first[key]), key
-    other_seed = CocoDataset(shapes_folder, "train2017", encoder, seed=6)
+    other_seed = CocoDataset(shapes_folder, "train2017", encoder, seed=6, zoom_out=True)
     assert not equal(first[0, 3], first[1, 3])
     assert not equal(first[0, 3], other_seed[0, 3])
 
@@ -392,11 +375,11 @@ def test_too_small_a_set_names_the_largest_batch_size():
 def test_sizes_are_checked_and_a_turned_image_fits(tmp_path):
     small_dataset(tmp_path)
     dataset = CocoDataset(tmp_path, "set")
-    dataset.check_files(range(2))
+    dataset.check_files("set")
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG", exif=exif)
-    dataset.check_files([0])
+    dataset.check_files("set")
     Image.new("RGB", (50, 100)).save(dataset.path(0), "JPEG")
     with pytest.raises(UnreadableImage, match="50x100 pixels, but 100x50"):
-        dataset.check_files([0, 1])
+        dataset.check_files("set")

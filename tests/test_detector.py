@@ -265,13 +265,13 @@ def test_tiles_keep_the_thresholds_and_the_better_of_two():
 
 
 @pytest.mark.parametrize(
-    "machine, native, told", [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)]
+    "machine, native, slow", [("x86_64", False, True), ("x86_64", True, False), ("arm64", False, False)]
 )
-def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slow(monkeypatch, machine, native, told):
+def test_amp_on_a_cpu_without_bfloat16_is_said_to_be_slow(monkeypatch, machine, native, slow):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     origins = [Detector.load(ROOT / "demo" / "ssdlite_shapes.pth", "cpu", amp).origin for amp in (False, True)]
-    assert [("--amp is slow" in origin) for origin in origins] == [False, told]
+    assert [("--amp is slow" in origin) for origin in origins] == [False, slow]
     assert amp_note(torch.device("cuda"), amp=True) == ""
 
 

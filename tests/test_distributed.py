@@ -64,7 +64,7 @@ def test_an_environment_that_torchrun_did_not_make_is_a_users_error(monkeypatch,
         ("cuda:300", "--device cuda:300: unknown"),  # to torch it is cuda:44
         ("cuda:01", "--device cuda:01: unknown"),
         ("cuda:-1", "--device cuda:-1: unknown"),
-        ("cuda", "--device cuda: CUDA sees 0 GPUs, counted from 0; give another"),
+        ("cuda", "--device cuda: CUDA sees 0 GPUs, counted from 0; leave --device out"),
         ("cuda:3", "--device cuda:3: CUDA sees 0 GPUs"),
         ("mps", "--device mps: none here"),
     ],
@@ -244,10 +244,6 @@ def test_a_process_that_does_not_come_is_named_in_time(waited, how, least, most)
 def test_a_lost_machine_with_the_store_is_named_by_its_address(waited):
     _, message = waited["store"]  # rank 0 keeps the store here
     assert message.startswith("no answer from 127.0.0.1, where torchrun keeps its store"), message
-
-
-def test_processes_wait_ten_minutes_at_most():
-    assert timedelta(minutes=1) < distributed.TIMEOUT <= timedelta(minutes=10)
 
 
 def test_restarted_processes_do_not_see_the_addresses_of_the_dead(monkeypatch):

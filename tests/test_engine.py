@@ -52,17 +52,17 @@ def ground_truth(shapes_folder):
     return coco
 
 
-def pycocotools_figures(ground_truth, detections, categories=None):
-    """The twelve figures as pycocotools' own loadRes and COCOeval give them: the oracle."""
+def pycocotools_metrics(ground_truth, detections, categories=None):
+    """The twelve metrics as pycocotools' own loadRes and COCOeval give them: the oracle."""
     results = coco_results(detections, sorted(ground_truth.cats))
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
+        coco_eval = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
         if categories:
-            judge.params.catIds = categories
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return judge.stats
+            coco_eval.params.catIds = categories
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return coco_eval.stats
 
 
 def perturbed(ground_truth, seed):
@@ -89,15 +89,6 @@ def metrics_of(ground_truth, detections):
 # compute_metrics
 
 
-def test_ground_truth_as_detections_scores_one(ground_truth):
-    objects = [a for a in ground_truth.anns.values() if not a["iscrowd"]]
-    rows = [[a["image_id"], *a["bbox"], 1, a["category_id"]] for a in objects]
-    metrics = metrics_of(ground_truth, as_detections(rows, sorted(ground_truth.cats)))
-    for name in ("AP", "AP50", "AP75", "AR100"):
-        assert metrics[name] == pytest.approx(1)
-    assert list(metrics["per_class"].values()) == pytest.approx([1] * len(metrics["per_class"]))
-
-
 def test_no_detections_score_zero(ground_truth):
     metrics = metrics_of(ground_truth, {})  # pycocotools' loadRes([]) raises IndexError
     areas = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
@@ -110,20 +101,20 @@ def test_no_detections_score_zero(ground_truth):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_are_pycocotools_own(ground_truth, seed):
+def test_metrics_are_pycocotools_own(ground_truth, seed):
     detections = perturbed(ground_truth, seed)
     metrics = metrics_of(ground_truth, detections)
     assert list(metrics) == [*METRICS, "per_class", "per_class_AP50", "best_F1"]
     assert np.mean(list(metrics["per_class_AP50"].values())) == pytest.approx(metrics["AP50"])
     assert 0.05 < metrics["AP"] < 0.9  # neither extreme would tell much
-    assert [metrics[name] for name in METRICS] == pycocotools_figures(ground_truth, detections).tolist()
+    assert [metrics[name] for name in METRICS] == pycocotools_metrics(ground_truth, detections).tolist()
 
 
 def test_per_class_ap_is_that_of_each_class_alone(ground_truth):
     detections = perturbed(ground_truth, 7)
     per_class = metrics_of(ground_truth, detections)["per_class"]
     for category, entry in ground_truth.cats.items():
-        alone = pycocotools_figures(ground_truth, detections, [category])[0]
+        alone = pycocotools_metrics(ground_truth, detections, [category])[0]
         if alone > -1:
             assert per_class.pop(entry["name"]) == pytest.approx(alone, abs=1e-12)
     assert not per_class  # a class without an object has no AP
@@ -137,13 +128,13 @@ def test_the_score_of_the_best_f1_has_its_precision_and_recall(ground_truth, see
     metrics = metrics_of(ground_truth, detections)
     results = coco_results(detections, sorted(ground_truth.cats))
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
-        judge.params.iouThrs = np.array([0.5])
-        judge.evaluate()
+        coco_eval = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
+        coco_eval.params.iouThrs = np.array([0.5])
+        coco_eval.evaluate()
     for category, entry in ground_truth.cats.items():
         matches, objects = [], 0
-        for image in filter(None, judge.evalImgs):
-            if image["category_id"] == category and image["aRng"] == judge.params.areaRng[0]:
+        for image in filter(None, coco_eval.evalImgs):
+            if image["category_id"] == category and image["aRng"] == coco_eval.params.areaRng[0]:
                 kept = ~image["dtIgnore"][0].astype(bool)
                 matches += zip(np.array(image["dtScores"])[kept], image["dtMatches"][0][kept] > 0, strict=True)
                 objects += int((~np.array(image["gtIgnore"], bool)).sum())
@@ -180,11 +171,11 @@ def test_metrics_do_not_change_what_they_are_given(ground_truth):
     assert same(detections, copies[0])
 
 
-def test_categories_are_dealt_by_their_detections():
+def test_categories_are_split_by_their_detections():
     counts = {1: 0, 2: 500, 3: 1, 4: 90, 5: 100, 6: 0, 7: 10}
     for shares in range(1, 10):  # also more than there are categories
-        dealt = split_categories(counts, counts, shares)
-        assert len(dealt) == shares and sorted(sum(dealt, [])) == sorted(counts)
+        lists = split_categories(counts, counts, shares)
+        assert len(lists) == shares and sorted(sum(lists, [])) == sorted(counts)
     assert split_categories(counts, counts, 3) == [[2], [5, 3, 6], [4, 7, 1]]
     assert [len(share) for share in split_categories(counts, Counter(), 3)] == [3, 2, 2]  # nothing was found
 
@@ -198,7 +189,7 @@ def test_results_are_in_cocos_format():
     assert coco_results({}, [3, 21]) == []
 
 
-def test_the_table_shows_all_twelve_figures():
+def test_the_table_shows_all_twelve_metrics():
     table = metrics_table({name: i / 100 for i, name in enumerate(METRICS)})
     words = table.split()
     assert words[0::2] == METRICS
@@ -313,10 +304,15 @@ def run_of(network, optimizer, epoch=0, samples_seen=0):
     return Run("ssdlite", network, optimizer, scaler, [], [], {}, epoch, samples_seen)
 
 
+def plain_sgd(model, momentum=0):
+    groups = [{"params": model.parameters(), "lr_factor": 1.0}]
+    return torch.optim.SGD(groups, 123.0, momentum)  # a rate that must be overwritten
+
+
 def train(model, loader, criterion, first=0, epoch=0, lr=lambda *_: 0.1, amp=False, momentum=0):
     """All that an epoch yields, trained with plain SGD; batches of two."""
-    optimizer = torch.optim.SGD(model.parameters(), 123.0, momentum)
-    return steps_of(run_of(model, optimizer, epoch, 2 * first), loader, criterion, lr, amp)
+    run = run_of(model, plain_sgd(model, momentum), epoch, 2 * first)
+    return steps_of(run, loader, criterion, lr, amp)
 
 
 def steps_of(run, loader, criterion, lr, amp=False):
@@ -324,8 +320,8 @@ def steps_of(run, loader, criterion, lr, amp=False):
 
 
 def logged(steps):
-    """The steps that have figures."""
-    return [(iteration, figures) for iteration, figures in steps if figures]
+    """The steps that have a report."""
+    return [(iteration, report) for iteration, report in steps if report]
 
 
 def constant_losses(loc, cls, loc_targets, cls_targets):
@@ -338,18 +334,18 @@ def constant_losses(loc, cls, loc_targets, cls_targets):
     "first, count, expected",
     [(0, 23, [9, 19, 22]), (0, 20, [9, 19]), (7, 5, [9, 11]), (9, 1, [9]), (0, 1, [0]), (4, 0, [])],
 )
-def test_it_yields_every_step_and_figures_every_ten_and_at_the_last(first, count, expected):
+def test_it_yields_every_step_and_reports_every_ten_and_at_the_last(first, count, expected):
     assert LOG_EVERY == 10
     steps = list(train(Weight(), batches(count), constant_losses, first))
     assert [iteration for iteration, _ in steps] == list(range(first, first + count))
     assert [iteration for iteration, _ in logged(steps)] == expected
     start = first
-    for iteration, figures in logged(steps):  # the mean since the last time
+    for iteration, report in logged(steps):  # the mean since the last time
         mean = np.mean([i - first for i in range(start, iteration + 1)])
-        assert figures["Loss_loc"] == pytest.approx(mean)
-        assert figures["Loss_cls"] == pytest.approx(10 * mean)
-        assert figures["Loss"] == pytest.approx(11 * mean)
-        assert figures["Images_per_second"] > 0
+        assert report["Loss_loc"] == pytest.approx(mean)
+        assert report["Loss_cls"] == pytest.approx(10 * mean)
+        assert report["Loss"] == pytest.approx(11 * mean)
+        assert report["Images_per_second"] > 0
         start = iteration + 1
 
 
@@ -367,11 +363,11 @@ def test_a_groups_factor_multiplies_its_learning_rate():
     run = run_of(model, torch.optim.SGD(groups, 123.0))
     rates = lambda epoch, iteration: 0.1 * (iteration + 1)  # noqa: E731
     steps = steps_of(run, batches(10), constant_losses, rates)  # gradients 1 and 10
-    ((_, figures),) = logged(steps)
+    ((_, report),) = logged(steps)
     total = 0.1 * sum(range(1, 11))
     assert model.w.item() == pytest.approx(-0.25 * total)
     assert model.v.item() == pytest.approx(-10 * total)
-    assert figures["LR"] == pytest.approx(1.0)  # the last step's, without a factor
+    assert report["LR"] == pytest.approx(1.0)  # the last step's, without a factor
 
 
 def test_frozen_layers_keep_their_weights_and_statistics():
@@ -381,7 +377,7 @@ def test_frozen_layers_keep_their_weights_and_statistics():
     before = {key: value.clone() for key, value in network.state_dict().items()}
     targets = torch.zeros(2, 3000, 4), torch.ones(2, 3000, dtype=torch.int64)
     loader = [(torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8), *targets, torch.arange(2))]
-    run = run_of(network, make_optimizer(network, 0.01))
+    run = run_of(network, make_optimizer(network))
     list(steps_of(run, loader, MultiBoxLoss(), lambda *_: 0.01))
     after = network.state_dict()
     for key in before:
@@ -413,7 +409,7 @@ def test_every_step_has_its_own_learning_rate_and_gradient():
     model = Weight()
     steps = logged(train(model, batches(6), constant_losses, first=8, epoch=3, lr=rate))
     assert model.w.item() == pytest.approx(-11 * 0.001 * sum(range(9, 15)), rel=1e-5)
-    assert [figures["LR"] for _, figures in steps] == pytest.approx([0.010, 0.014])
+    assert [report["LR"] for _, report in steps] == pytest.approx([0.010, 0.014])
 
 
 def test_training_sets_training_mode_and_normalizes():
@@ -433,7 +429,7 @@ def test_training_sets_training_mode_and_normalizes():
 
 def test_a_step_is_done_when_it_is_yielded():
     model = Weight()  # a checkpoint saved now has this step in it
-    run = run_of(model, torch.optim.SGD(model.parameters(), 123.0), samples_seen=8)
+    run = run_of(model, plain_sgd(model), samples_seen=8)
     steps = steps_of(run, batches(3), constant_losses, lambda *_: 0.1)
     for done, _ in enumerate(steps, start=1):
         assert model.w.item() == pytest.approx(-1.1 * done, rel=1e-5)
@@ -485,5 +481,5 @@ def test_ssdlite_learns_a_batch_of_two(shapes_folder):
     batch = next(iter(DataLoader(data, 2, sampler=[(0, i) for i in full])))
     model = build_model("ssdlite", len(data.classes), pretrained_backbone=False)
     steps = train(model, [batch] * 21, MultiBoxLoss(), lr=lambda *_: 5e-3, momentum=0.9)
-    losses = [figures["Loss"] for _, figures in logged(steps)]
+    losses = [report["Loss"] for _, report in logged(steps)]
     assert len(losses) == 3 and losses[2] < 0.7 * losses[0]

@@ -104,7 +104,7 @@ def test_damaged_annotations(tmp_path, shapes_folder):
 
     def use():
         data = CocoDataset(tmp_path, "set", encoder)
-        data.check_files(range(len(data)))
+        data.check_files("set")
         _, loc_targets, cls_targets, _ = data[0, rng.randrange(len(data))]
         assert loc_targets.isfinite().all() and cls_targets.max() < len(data.classes)
         ground_truth = load_ground_truth(file)

@@ -47,15 +47,15 @@ def network_of(name, num_classes=4):
 
 
 def steps(network, name, scaler, count, amp, size=8):
-    """Iterator over `count` training steps: (iteration, figures)."""
-    run = Run(name, network, make_optimizer(network, 1e-3), scaler, [], [], {})
+    """Iterator over `count` training steps: (iteration, report)."""
+    run = Run(name, network, make_optimizer(network), scaler, [], [], {})
     settings = {"criterion": MultiBoxLoss(), "learning_rate": lambda *_: 1e-3, "amp": amp}
     return train_steps(run, [batch(name, size)] * count, network=network, **settings)
 
 
 def losses(*args):
     """What the steps log."""
-    return [figures["Loss"] for _, figures in steps(*args) if figures]
+    return [report["Loss"] for _, report in steps(*args) if report]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -172,13 +172,6 @@ def test_images_are_turned_upright_by_their_exif_orientation(tmp_path, orientati
     assert np.abs(coarse(as_stored) - coarse(stored)).mean() < 5
 
 
-def test_the_error_about_a_broken_file_has_no_python_in_it(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"not an image at all")
-    with pytest.raises(UserError) as error:
-        read_image(tmp_path / "a.jpg")
-    assert "a.jpg" in str(error.value) and "<" not in str(error.value)
-
-
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_an_uncompressed_tiff_is_turned_whatever_its_mode(tmp_path, orientation, mode):
@@ -265,7 +258,7 @@ def test_what_is_not_an_image_is_a_users_error_that_names_the_file(tmp_path, nam
             read_image(tmp_path / name, upright)
         assert str(error.value).startswith(str(tmp_path / name))
         assert str(error.value).count(str(tmp_path)) == 1
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "<" not in str(error.value)  # no repr of Python's
         assert ".cpp" not in str(error.value)  # a decoder's own source file
 
 

@@ -377,7 +377,7 @@ def test_names_too_long_and_files_that_may_not_be_read(script, unprivileged, nam
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (lambda annotations: [], "12 images, 0 boxes"),
         (lambda annotations: [a | {"iscrowd": 1} for a in annotations], "crowd regions not trained on"),
@@ -385,7 +385,7 @@ def test_names_too_long_and_files_that_may_not_be_read(script, unprivileged, nam
     ],
 )
 def test_a_training_set_without_a_box_to_learn_from_is_an_error(
-    monkeypatch, capfd, shapes_folder, tmp_path, change, told
+    monkeypatch, capfd, shapes_folder, tmp_path, change, message
 ):
     data = shutil.copytree(shapes_folder, tmp_path / "data")
     file = data / "annotations" / "instances_train2017.json"
@@ -395,7 +395,7 @@ def test_a_training_set_without_a_box_to_learn_from_is_an_error(
     options += ["--log-path", tmp_path / "new", "--no-pretrained-backbone", "--num-workers", 0, "--model", "ssdlite"]
     assert run_here(monkeypatch, "train.py", *options) == 2
     error = capfd.readouterr().err
-    assert f"error: {file}: " in error and told in error and "no box to learn from" in error
+    assert f"error: {file}: " in error and message in error and "no box to learn from" in error
     assert not (tmp_path / "new").exists()
 
 

@@ -38,7 +38,7 @@ def test_each_image_and_box_is_in_one_set_and_each_class_in_both(tmp_path, monke
     assert train.category_ids == val.category_ids == [1, 2, 3, 4]
     assert set(train.labels) == {1, 2, 3, 4} and set(val.labels) == {1, 2, 3}
     for data in (train, val):
-        data.check_files(range(len(data)))
+        data.check_files("set")
         for index, image_id in enumerate(data.image_ids):
             assert data.path(index).samefile(tmp_path / "set" / f"{image_id}.jpg")
     assert "missing classes: class 4" in capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_label_studios_paths_are_found_by_their_last_part(tmp_path, monkeypatch,
         image["file_name"] = name.format(image["id"])
     file.write_text(json.dumps(data))
     for data in run(monkeypatch, file, tmp_path / "out"):
-        data.check_files(range(len(data)))
+        data.check_files("set")
 
 
 def test_repairs_are_told_and_written(tmp_path, monkeypatch, capsys):

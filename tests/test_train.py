@@ -114,7 +114,7 @@ def test_only_the_default_warm_up_ends_with_the_first_epoch(run_main, options, r
 @pytest.mark.parametrize("name", ["ssd", "ssdlite"])
 def test_weights_decay_but_biases_and_batch_norm_do_not(name):
     network = build_model(name, 4, pretrained_backbone=False)
-    optimizer = make_optimizer(network, 0.1)
+    optimizer = make_optimizer(network)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
     assert not any(group["nesterov"] for group in optimizer.param_groups)
@@ -129,7 +129,7 @@ def test_weights_decay_but_biases_and_batch_norm_do_not(name):
 @pytest.mark.parametrize("name", ["ssd", "ssdlite"])
 def test_the_backbone_alone_takes_backbone_lr_factor(name):
     network = build_model(name, 4, pretrained_backbone=False)
-    optimizer = make_optimizer(network, 0.1, backbone_lr_factor=0.03)
+    optimizer = make_optimizer(network, backbone_lr_factor=0.03)
     factors = {id(p): g["lr_factor"] for g in optimizer.param_groups for p in g["params"]}
     backbone = network.feature_extractor if name == "ssd" else network.backbone
     assert {factors.pop(id(p)) for p in backbone.parameters()} == {0.03}
@@ -188,13 +188,13 @@ def test_training_starts_from_imagenets_features(imagenet_network, tmp_path):
         assert last.std() > 0.1  # 6e-9 in an untrained network
 
 
-def spied_main(rank, world_size, port, options, maps, file):
-    """Run train.main, whose epochs score the metrics of `maps`; save what was handed on."""
+def spied_main(rank, world_size, port, options, aps, file):
+    """Run train.main, whose epochs score the metrics of `aps`; save what was handed on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if world_size > 1:
         join(rank, world_size, port)
     torch.set_num_threads(1)
-    seen, results = [], iter(maps)
+    seen, results = [], iter(aps)
 
     def train_steps(run, loader, network, criterion, learning_rate, amp):
         for buffer in network.buffers():  # as if this process had seen images of its own
@@ -228,12 +228,12 @@ def spied_main(rank, world_size, port, options, maps, file):
 def run_main(shapes_folder, tmp_path):
     """Function that runs main in `processes`, which print to tmp_path/RANK; returns [epoch] by process."""
 
-    def run(processes, maps, *options):
+    def run(processes, aps, *options):
         options = [*options, "--data-path", shapes_folder, "--save-folder", tmp_path]
         options += ["--model", "ssdlite", "--no-pretrained-backbone", "--batch-size", 2]
-        options += ["--num-workers", 0, "--epochs", len(maps), "--log-path", tmp_path / "log"]
+        options += ["--num-workers", 0, "--epochs", len(aps), "--log-path", tmp_path / "log"]
         file = str(tmp_path / "{rank}")
-        given = processes, free_port(), list(map(str, options)), maps, file
+        given = processes, free_port(), list(map(str, options)), aps, file
         in_processes(spied_main, processes, *given)
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
 
@@ -328,16 +328,11 @@ def test_logged_images_have_what_was_found_and_a_smaller_sets_ground_truth():
     assert not (drawn[0] == class_color(1)).all(axis=2).any()  # scores too little
 
 
-def test_main_leaves_amp_and_zoom_out_off(run_main):
-    (seen,) = run_main(1, [0.1])
-    assert not (seen[0]["amp"] or seen[0]["detector_amp"] or seen[0]["zoom_out"])
-    assert seen[0]["nms_threshold"] == 0.5
-
-
 def test_two_processes_share_gradients_images_and_buffers(run_main):
     zero, one = run_main(2, [0.1, 0.2])
     for epoch, other in zip(zero, one, strict=True):
         assert epoch["ddp"] and other["ddp"]
+        assert not (epoch["amp"] or epoch["detector_amp"] or epoch["zoom_out"]) and epoch["nms_threshold"] == 0.5
         assert len({*epoch["ids"], *other["ids"]}) == 12 and len(epoch["ids"]) == 6
         assert not set(epoch["ids"]) & set(other["ids"])
         assert not set(epoch["val_ids"]) & set(other["val_ids"])

@@ -32,7 +32,7 @@ def results(rows):
     return [{"image_id": int(i), "category_id": int(c), "bbox": box, "score": s} for i, *box, s, c in rows]
 
 
-def judged(objects, *detections):
+def right(objects, *detections):
     """What `right_or_wrong` says of detections of class 1."""
     return right_or_wrong(results(detections), ground_truth(*objects).dataset["annotations"]).tolist()
 
@@ -41,39 +41,39 @@ BOX, SAME_BY_HALF = [10, 10, 40, 40], [10, 10, 40, 80]  # IoU exactly 0.5
 
 
 def test_right_from_an_iou_of_one_half():
-    assert judged([(1, 1, BOX, 0)], row(1, SAME_BY_HALF, 0.9)) == [True]
-    assert judged([(1, 1, BOX, 0)], row(1, [10, 10, 40, 80.1], 0.9)) == [False]
+    assert right([(1, 1, BOX, 0)], row(1, SAME_BY_HALF, 0.9)) == [True]
+    assert right([(1, 1, BOX, 0)], row(1, [10, 10, 40, 80.1], 0.9)) == [False]
 
 
 def test_an_object_is_found_once_and_by_the_best_score():
-    assert judged([(1, 1, BOX, 0)], row(1, BOX, 0.3), row(1, SAME_BY_HALF, 0.9)) == [True, False]
+    assert right([(1, 1, BOX, 0)], row(1, BOX, 0.3), row(1, SAME_BY_HALF, 0.9)) == [True, False]
     # The first of equal scores, as the kit's stable sort has it.
-    assert judged([(1, 1, BOX, 0)], row(1, BOX, 0.5), *[row(1, [50, 50, 9, 9], 0.5)] * 40) == [True] + [False] * 40
+    assert right([(1, 1, BOX, 0)], row(1, BOX, 0.5), *[row(1, [50, 50, 9, 9], 0.5)] * 40) == [True] + [False] * 40
 
 
 def test_only_the_object_overlapped_most_counts():
     """COCO would give the second detection the other object, which it overlaps by more than half, too."""
     objects = [(1, 1, [0, 0, 100, 100], 0), (1, 1, [0, 20, 100, 100], 0)]
     detections = [row(1, [0, 0, 100, 100], 0.9), row(1, [0, 5, 100, 100], 0.8)]
-    assert judged(objects, *detections) == [True, False]
+    assert right(objects, *detections) == [True, False]
 
 
 def test_difficult_objects_make_detections_neither_right_nor_wrong():
     objects = [(1, 1, BOX, 1), (2, 1, BOX, 0)]
-    assert judged(objects, row(1, BOX, 0.9), row(1, BOX, 0.8), row(2, BOX, 0.7)) == [True]
-    assert judged(objects, row(1, [0, 0, 5, 5], 0.9)) == [False]  # beside it: wrong
+    assert right(objects, row(1, BOX, 0.9), row(1, BOX, 0.8), row(2, BOX, 0.7)) == [True]
+    assert right(objects, row(1, [0, 0, 5, 5], 0.9)) == [False]  # beside it: wrong
 
 
 def test_another_image_s_object_is_not_found():
-    assert judged([(1, 1, BOX, 0)], row(2, BOX, 0.9)) == [False]
-    assert judged([(1, 1, BOX, 0)]) == []
+    assert right([(1, 1, BOX, 0)], row(2, BOX, 0.9)) == [False]
+    assert right([(1, 1, BOX, 0)]) == []
 
 
 def test_an_edge_of_one_pixel_as_the_kit_counts_it():
     """In the kit's pixels, 1 to 2 is two wide and 2 to 3, too; they share one of three: 1/3, not 0."""
     objects = [(1, 1, [0, 0, 2, 1], 0)]  # xmin 1, xmax 2, as tools/voc.py writes it
-    assert judged(objects, row(1, [0, 0, 1, 1], 0.9)) == [True]  # one pixel of two: 1/2
-    assert judged(objects, row(1, [1, 0, 2, 1], 0.9)) == [False]
+    assert right(objects, row(1, [0, 0, 1, 1], 0.9)) == [True]  # one pixel of two: 1/2
+    assert right(objects, row(1, [1, 0, 2, 1], 0.9)) == [False]
 
 
 def test_average_precision_worked_out_by_hand():

@@ -40,6 +40,7 @@ from src.boxes import Encoder, box_cxcywh_to_xyxy, make_default_boxes
 from src.checkpoint import Run, save_checkpoint
 from src.dataset import CocoDataset
 from src.detector import Detector
+from src.distributed import choose_device
 from src.engine import compute_metrics, evaluate, make_optimizer, train_steps
 from src.images import read_image
 from src.loss import MultiBoxLoss
@@ -47,7 +48,8 @@ from src.model import build_model
 from src.transform import IMAGENET_MEAN, IMAGENET_STD, augment, normalize, resize, sample_patch
 
 CLASSES = 81  # COCO's 80 and background
-NAMES, IDS = ["background", *map(str, range(1, CLASSES))], list(range(1, CLASSES))
+NAMES = ["background", *map(str, range(1, CLASSES))]
+IDS = list(range(1, CLASSES))
 REFERENCE_PIXELS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 REFERENCE_COLORS = transforms.ColorJitter(0.125, 0.5, 0.5, 0.05)
 
@@ -56,6 +58,7 @@ def parse_args():
     parser = usage.ArgumentParser(description=__doc__)
     positive = usage.number(int, 1)
     parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings per stage")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: the CUDA GPU if there is one)")
     parser.add_argument("--amp", action="store_true", help="ours in mixed precision; the reference stays in float32")
     parser.add_argument("--images", type=positive, default=50, help="of the validation stage")
     return parser.parse_args()
@@ -316,8 +319,8 @@ def training_step(args, device, name, layout=torch.channels_last):
     """Return a function that takes one training step on a batch of 8 as train.py does, in one memory layout."""
     network = network_of(name, device).to(memory_format=layout)
     network.register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous(memory_format=layout))
-    scaler = torch.amp.GradScaler(device, enabled=args.amp and device == "cuda")
-    run = Run(name, network, make_optimizer(network, 1e-4), scaler, [], [], {})
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
+    run = Run(name, network, make_optimizer(network), scaler, [], [], {})
     loader = [batch_of(name)]
     settings = {"criterion": MultiBoxLoss(), "learning_rate": lambda *_: 1e-4, "amp": args.amp}
 
@@ -350,13 +353,13 @@ def training(args, device, name):
     criterion = MultiBoxLoss()
     targets = [t.to(device) for t in batch_of(name)[1:3]]
     images = torch.randn(8, 3, 300, 300, device=device)
-    sgd = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4, foreach=False)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4, foreach=False)
 
     def reference():
         loss = reference_loss(*network(images), *targets)
-        sgd.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        sgd.step()
+        optimizer.step()
         loss.item()
 
     ours = training_step(args, device, name)
@@ -468,12 +471,12 @@ def deployment(args, folder):
 
 def main():
     args = parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = torch.get_autocast_dtype(device) if args.amp else torch.float32
+    device = choose_device(args.device)
+    half = torch.get_autocast_dtype(device.type) if args.amp else torch.float32
     limit = peak(half, device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"matrix products: {limit / 1e9:.0f} GFLOP/s in {half}; times in ms")
-    if device == "cuda":
+    if device.type == "cuda":
         header(f"memory layouts, {half}", "NCHW", "NHWC")
         for name in ("ssd", "ssdlite"):
             layouts(args, device, name)

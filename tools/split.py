@@ -84,7 +84,8 @@ def draw(images, annotations, share, rng):
     """Ids of the images for val: a share of all, and of each class's images at least one, but not all."""
     ids = rng.permutation([image["id"] for image in images]).tolist()
     of_class = defaultdict(set)
-    train, val = set(), set()
+    train = set()
+    val = set()
     for annotation in annotations:
         of_class[annotation["category_id"]].add(annotation["image_id"])
     for members in sorted(of_class.values(), key=len):  # the rarest first; of a single image train has it
