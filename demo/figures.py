@@ -178,7 +178,7 @@ def pick_right(data, rng, detector, fewest, most):
 
 
 def network(name, num_classes, image):
-    """From an image to detections: layers, maps, heads and numbers of boxes."""
+    """From an image to detections: layers, feature maps, heads and numbers of boxes."""
     constants = DEFAULT_BOXES[name]
     untrained = build_model(name, num_classes, pretrained_backbone=False)
     channels = [next(m for m in head.modules() if isinstance(m, nn.Conv2d)).in_channels for head in untrained.loc]

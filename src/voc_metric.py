@@ -1,8 +1,8 @@
 """PASCAL VOC's metric: average precision at an IoU of 0.5, as its development kits of 2007 and 2010 define it.
 
-Sets that `tools/voc.py` made have it: their annotations say which objects are `difficult`, and those are
-crowds to COCO. Boxes are COCO's (x, y, width, height), which hold the last pixel as VOC's do, so the
-IoU is the kit's.
+For sets that `tools/voc.py` made: their annotations say which objects are `difficult`, and COCO treats
+those as crowds. Boxes are COCO's (x, y, width, height). Their widths and heights count the last pixel,
+as in VOC's kit, so the IoU is the kit's.
 """
 
 from collections import defaultdict
@@ -45,7 +45,7 @@ def voc_metrics(ground_truth, results):
 def right_or_wrong(results, objects):
     """Of one class: whether each result is right, in descending order of score, bool (M,).
 
-    Each is judged against the object of its image that it overlaps most. From an IoU of 0.5 it is
+    Each is compared with the object of its image that it overlaps most. From an IoU of 0.5 it is
     right, unless a better one has found that object before; if the object is difficult, the
     detection is left out.
     """

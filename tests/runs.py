@@ -82,7 +82,8 @@ def make_video(path, frames, codec="MJPG", rate=29.97):
 
 def frames_of(path):
     """All frames (H, W, 3) BGR of a video, as int, to be subtracted from one another."""
-    video, frames = cv2.VideoCapture(str(path)), []
+    video = cv2.VideoCapture(str(path))
+    frames = []
     while (frame := video.read()[1]) is not None:
         frames.append(frame.astype(int))
     return frames

@@ -102,7 +102,9 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
 
 
 def test_the_new_checkpoint_is_whole_before_it_takes_the_name(tmp_path, monkeypatch):
-    path, replace, seen = tmp_path / "a.pth", os.replace, []
+    path = tmp_path / "a.pth"
+    replace = os.replace
+    seen = []
 
     def spy(source, target):
         seen.append((torch.load(source, weights_only=True), path.exists()))

@@ -298,7 +298,8 @@ def test_ranks_share_an_epoch_without_overlap(samples, batch_size, world_size):
 
 
 def test_every_epoch_is_another_shuffle_of_all_images():
-    sampler, orders = TrainSampler(200, 4), []
+    sampler = TrainSampler(200, 4)
+    orders = []
     for epoch in range(6):
         sampler.start(epoch)
         keys = list(chain(*steps(sampler)))
@@ -311,7 +312,8 @@ def test_every_epoch_is_another_shuffle_of_all_images():
 
 
 def test_what_is_dropped_differs_from_epoch_to_epoch():
-    sampler, dropped = TrainSampler(10, 4), []
+    sampler = TrainSampler(10, 4)
+    dropped = []
     for epoch in range(8):
         sampler.start(epoch)
         dropped.append(frozenset(range(10)) - {index for _, index in chain(*sampler)})

@@ -198,7 +198,8 @@ class Painted:
 
     def __call__(self, images, score_threshold, nms_threshold):
         (image,) = images
-        boxes, labels = torch.zeros(0, 4), []
+        boxes = torch.zeros(0, 4)
+        labels = []
         for label in np.unique(image[image > 0]).tolist():
             y, x = np.nonzero(image[..., 0] == label)
             if x.max() + 1 - x.min() > image.shape[1] / 10:

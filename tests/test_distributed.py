@@ -220,7 +220,8 @@ def wait_in_vain(rank, port, together, how, lost, folder):
 @pytest.fixture(scope="module")
 def waited(tmp_path_factory):
     """{how: (seconds that a process waited for the other, what it said)}; all pairs wait at the same time."""
-    folder, pairs = tmp_path_factory.mktemp("waited"), {}
+    folder = tmp_path_factory.mktemp("waited")
+    pairs = {}
     context = multiprocessing.get_context("forkserver")
     for how, lost in {"gone": 1, "barrier": 1, "all_reduce": 1, "store": 0}.items():
         given = free_port(), context.Barrier(2), how, lost, folder

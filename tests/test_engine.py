@@ -67,7 +67,8 @@ def pycocotools_metrics(ground_truth, detections, categories=None):
 
 def perturbed(ground_truth, seed):
     """Detections by image: objects moved, lost, doubled, of a wrong class, invented."""
-    rng, rows = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    rows = []
     categories = list(ground_truth.cats)
     for a in ground_truth.anns.values():
         for _ in range(rng.integers(0, 3)):
@@ -132,7 +133,8 @@ def test_the_score_of_the_best_f1_has_its_precision_and_recall(ground_truth, see
         coco_eval.params.iouThrs = np.array([0.5])
         coco_eval.evaluate()
     for category, entry in ground_truth.cats.items():
-        matches, objects = [], 0
+        matches = []
+        objects = 0
         for image in filter(None, coco_eval.evalImgs):
             if image["category_id"] == category and image["aRng"] == coco_eval.params.areaRng[0]:
                 kept = ~image["dtIgnore"][0].astype(bool)
@@ -205,7 +207,9 @@ class Oracle:
     def __init__(self, file, found=True):
         content = json.loads(file.read_text())
         self.category_ids = sorted(category["id"] for category in content["categories"])
-        self.answers, self.thresholds, self.found = [], set(), found
+        self.answers = []
+        self.thresholds = set()
+        self.found = found
         for image in sorted(content["images"], key=lambda image: image["id"]):
             own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
             own = [a for a in own if not a["iscrowd"]]

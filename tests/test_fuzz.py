@@ -145,7 +145,9 @@ def pictures():
 
 @pytest.mark.filterwarnings("ignore")  # Pillow and libtiff say what they think of such files
 def test_damaged_images(tmp_path):
-    rng, files, outcomes = random.Random(1), list(pictures()), []
+    rng = random.Random(1)
+    files = list(pictures())
+    outcomes = []
     path = tmp_path / "picture"
     for number in range(FILES):
         path.write_bytes(damage(files[number % len(files)], rng))
@@ -160,7 +162,9 @@ def test_damaged_images(tmp_path):
 
 
 def test_damaged_checkpoints(tmp_path):
-    rng, files, outcomes = random.Random(2), [], []
+    rng = random.Random(2)
+    files = []
+    outcomes = []
     state = {
         "model": "ssdlite", "model_state_dict": {"weight": torch.ones(3, 3)},
         "classes": ["background", "a"], "category_ids": [1],

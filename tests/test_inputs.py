@@ -144,7 +144,8 @@ def test_tiles_find_what_is_small_in_a_large_image(script, tmp_path):
     height, width = small.shape[:2]
     large[500 : 500 + height, 700 : 700 + width] = small
     Image.fromarray(large).save(tmp_path / "large.png")
-    model, found = shutil.copy(SHAPES, tmp_path / "a.pth"), []
+    model = shutil.copy(SHAPES, tmp_path / "a.pth")
+    found = []
     for options in ([], ["--tile", 360]):
         options = ["--input", tmp_path / "large.png", "--json", tmp_path / "a.json", "--cls-threshold", 0.5, *options]
         assert script("test_image.py", *options, model=model)[0] == 0

@@ -177,7 +177,9 @@ def test_a_batch_equals_its_images_and_channels_last_equals_contiguous(name, mod
 
 
 def test_ssdlites_relu6_copies_nothing_in_training_and_gives_the_same_gradients():
-    images, gradients, clones = torch.randn(2, 3, 300, 300), [], []
+    images = torch.randn(2, 3, 300, 300)
+    gradients = []
+    clones = []
     for in_place in (False, True):
         torch.manual_seed(0)
         network = build_model("ssdlite", 4, pretrained_backbone=False).train()

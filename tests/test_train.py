@@ -194,7 +194,8 @@ def spied_main(rank, world_size, port, options, aps, file):
     if world_size > 1:
         join(rank, world_size, port)
     torch.set_num_threads(1)
-    seen, results = [], iter(aps)
+    seen = []
+    results = iter(aps)
 
     def train_steps(run, loader, network, criterion, learning_rate, amp):
         for buffer in network.buffers():  # as if this process had seen images of its own

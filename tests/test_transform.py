@@ -97,7 +97,8 @@ def test_a_canvas_larger_than_needed_shrinks_and_its_boxes_stay_with_their_pixel
 
 
 def test_zooming_out_of_a_photograph_makes_no_more_pixels_than_a_crop_can_use(no_jitter, monkeypatch):
-    sizes, crop = [], transform.crop
+    sizes = []
+    crop = transform.crop
     monkeypatch.setattr(transform, "crop", lambda image, *rest: sizes.append(image.shape) or crop(image, *rest))
     for seed in range(2):
         image, rng = np.zeros((2000, 3000, 3), np.uint8), np.random.default_rng(seed)
@@ -126,7 +127,9 @@ class Recorder:
     """A generator that keeps what it drew."""
 
     def __init__(self, seed):
-        self.rng, self.factors, self.order = np.random.default_rng(seed), [], None
+        self.rng = np.random.default_rng(seed)
+        self.factors = []
+        self.order = None
 
     def uniform(self, *arguments):
         drawn = self.rng.uniform(*arguments)
@@ -140,7 +143,9 @@ class Recorder:
 
 def test_colors_are_those_of_torchvision():
     steps = F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue
-    image, differences, orders = scene(), [], set()
+    image = scene()
+    differences = []
+    orders = set()
     for seed in range(100):
         rng = Recorder(seed)
         ours = transform.jitter_colors(image, rng)
@@ -166,7 +171,9 @@ def test_augmentation_ends_with_other_colors():
 def test_color_factors_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     ranges = [(0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05)]
-    pixel, ours, theirs = np.zeros((1, 1, 3), np.uint8), [], []
+    pixel = np.zeros((1, 1, 3), np.uint8)
+    ours = []
+    theirs = []
     for seed in range(20_000):
         rng = Recorder(seed)
         transform.jitter_colors(pixel, rng)

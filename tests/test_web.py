@@ -54,7 +54,9 @@ def server(tmp_path_factory):
         patch.setattr(sys, "argv", ["build.py", "--output", str(folder)])
         build.main()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-    server.folder, server.isolated, server.seen = folder, True, []
+    server.folder = folder
+    server.isolated = True
+    server.seen = []
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

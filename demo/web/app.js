@@ -73,7 +73,7 @@ async function start() {
   say(`Loading the detector: ${about.megabytes} MB…`);
   $("title").textContent = about.title;
   about.classes.slice(1).forEach((name, k) => paint(add("classes", "li", name), k + 1));
-  for (const { cells } of about.maps) addGrid(add("maps", "figure", `${cells} × ${cells}`), cells);
+  for (const { cells } of about.feature_maps) addGrid(add("maps", "figure", `${cells} × ${cells}`), cells);
   worker = new Worker(import.meta.url, { type: "module" });
   const ready = ask();
   const photos = about.photos.map(async (photo) => ({ ...photo, blob: await (await get(photo.file)).blob() }));
@@ -247,14 +247,14 @@ function select(detection) {
   $("origin").textContent = "Point at a box, or go through the list: where does it come from?";
   if (!detection) return;
   const [x, y, width, height, number, shape, row, column] = about.default_boxes[detection.matched];
-  const { cells, stride, shapes } = about.maps[number];
+  const { cells, stride, shapes } = about.feature_maps[number];
   const cell = [column, row, column + 1, row + 1];
   place(add(addGrid("inside", about.size / stride), "i"), cell.map((side) => (side * stride) / about.size));
   place(add($("maps").children[number].lastChild, "i"), cell.map((side) => side / cells));
   place(add("inside", "div"), [x - width / 2, y - height / 2, x + width / 2, y + height / 2]);
   for (const id of ["inside", "maps"]) paint($(id), detection.label);
   const pixels = [width, height].map((side) => Math.round(side * about.size)).join("\u00a0×\u00a0");
-  $("origin").textContent = `${title(detection)} is from feature map ${number + 1} of ${about.maps.length} `
+  $("origin").textContent = `${title(detection)} is from feature map ${number + 1} of ${about.feature_maps.length} `
     + `(${cells} × ${cells} cells), row ${row + 1}, column ${column + 1}, default box ${shape + 1} of ${shapes}: `
     + `${pixels} of the network’s ${about.size} × ${about.size} pixels (dashed), which it moved and stretched.`;
 }

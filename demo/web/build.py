@@ -103,11 +103,11 @@ def export(checkpoint, file):
 def describe(name, classes):
     """detector.json, but for the photos: what the page needs to know besides the network."""
     constants = DEFAULT_BOXES[name]
-    maps = list(zip(constants.feature_maps, constants.strides, constants.per_cell, strict=True))
+    feature_maps = list(zip(constants.feature_maps, constants.strides, constants.per_cell, strict=True))
     # The map, shape, row and column of each default box, in their order.
     origins = [
         (number, shape, row, column)
-        for number, (cells, _, shapes) in enumerate(maps)
+        for number, (cells, _, shapes) in enumerate(feature_maps)
         for shape, row, column in itertools.product(range(shapes), range(cells), range(cells))
     ]
     boxes = [[round(side, 4) for side in box] for box in make_default_boxes(name).tolist()]
@@ -116,7 +116,7 @@ def describe(name, classes):
         "classes": classes,
         "colors": [css_colors(label) for label in range(len(classes))],
         "size": constants.input_size,
-        "maps": [{"cells": cells, "stride": stride, "shapes": shapes} for cells, stride, shapes in maps],
+        "feature_maps": [{"cells": c, "stride": stride, "shapes": shapes} for c, stride, shapes in feature_maps],
         "default_boxes": [[*box, *origin] for box, origin in zip(boxes, origins, strict=True)],
     }
 

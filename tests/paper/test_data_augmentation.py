@@ -80,7 +80,8 @@ def statistics(patches):
 def test_patches_are_distributed_as_in_the_section_in_plain_python(objects):
     rng, source, boxes = np.random.default_rng(1), random.Random(2), np.float32(objects)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    ours, plain = [], [plain_crop(objects, source) for _ in range(20_000)]
+    ours = []
+    plain = [plain_crop(objects, source) for _ in range(20_000)]
     for _ in range(20_000):
         patch = transform.sample_patch(boxes, rng)
         if patch is None:
@@ -120,7 +121,9 @@ def test_half_of_the_images_are_flipped(no_jitter, monkeypatch):
 def test_half_of_the_images_are_zoomed_out_on_a_canvas_of_up_to_16_times_their_area():
     # Section 3.6: "a canvas of 16x of the original image size filled with mean values".
     image = np.full((50, 60, 3), 7, np.uint8)
-    rng, ratios, places = np.random.default_rng(0), [], []
+    rng = np.random.default_rng(0)
+    ratios = []
+    places = []
     for _ in range(2000):
         canvas, boxes = transform.expand(image, np.float32([(0, 0, 1, 1)]), rng)
         height, width, _ = canvas.shape
