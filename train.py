@@ -122,7 +122,7 @@ def main():
     # Train and evaluate
     ddp_network = distributed.maybe_ddp(network)  # the same weights; with several processes it averages gradients
     log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
-    with stoppable.saving(run):  # also when a broken image or a full disk ends the loop
+    with stoppable.saving(run):  # saves it, too, if a broken image or a full disk ends the loop
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
             # A generator: each turn of the loop sets the learning rate, trains one step and adds to run.samples_seen.
