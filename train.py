@@ -3,8 +3,8 @@
     python train.py --data-path /coco --model ssd --batch-size 32 --amp
     torchrun --nproc_per_node=8 train.py --data-path /coco --model ssd --batch-size 32 --amp
 
-Stop it whenever you want (Ctrl-C, SIGTERM): the same command resumes at that step; after a power failure, at the last
-checkpoint, which is never half written.
+Stop it whenever you want (Ctrl-C, SIGTERM): it saves after the step, and the same command resumes there. After a power
+failure it resumes from the last save: at the end of an epoch, or after --save-every iterations, and never half written.
 """
 
 import argparse
@@ -115,20 +115,20 @@ def main():
     print_rank0(describe_schedule(args, iterations, schedule))
 
     # Resume
-    options = vars(args) | {"world_size": distributed.world_size()}  # a resumed run says what has changed
+    options = vars(args) | {"world_size": distributed.world_size()}  # saved; a resumed run prints what changed
     run = Run(args.model, network, optimizer, scaler, train_set.classes, train_set.category_ids, options)
     run.resume(latest)  # if it exists: weights, momentum, loss scale, epoch, samples seen and best AP
 
     # Train and evaluate
     ddp_network = distributed.maybe_ddp(network)  # the same weights; with several processes it averages gradients
     log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
-    with stoppable.saving(run):  # saves it, too, if a broken image or a full disk ends the loop
+    with stoppable.saving(run):  # saves it, too, if a broken image ends the loop
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
-            # A generator: each turn of the loop sets the learning rate, trains one step and adds to run.samples_seen.
-            # Every tenth step has a report of the losses, and the last one of the epoch; the others None.
+            # A generator: each turn of the loop below sets the learning rate, trains one step and counts its samples.
+            # Every tenth step and the last have a report of the losses; that of the others is None.
             steps = train_steps(
-                run, train_loader, network=ddp_network, criterion=criterion, learning_rate=schedule, amp=args.amp
+                run, train_loader, network=ddp_network, criterion=criterion, schedule=schedule, amp=args.amp
             )
             for iteration, report in steps:
                 if report:
@@ -137,14 +137,14 @@ def main():
                     run.save(latest)
                 stoppable.after_step(report)  # if a signal came: save and exit; on several GPUs at the next report
             distributed.broadcast_buffers(network)  # batch norm's statistics differ between processes
-            run.save(latest)  # trained but not evaluated: a run that is stopped below repeats only the evaluation
+            run.save(latest)  # trained but not evaluated: if stopped from here on, only the evaluation is repeated
             with stoppable.evaluation():
                 detector = Detector(network, args.model, run.classes, run.category_ids, device, args.amp)
                 metrics, detections = evaluate(detector, val_loader, ground_truth, args.nms_threshold)
             print_rank0(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
             write_evaluation(log, metrics, detections, val_set, run, (epoch + 1) * iterations)
             append_line(Path(args.save_folder) / "metrics.jsonl", {"model": args.model, "epoch": epoch + 1} | metrics)
-            run.epoch, run.samples_seen = epoch + 1, 0
+            run.epoch, run.samples_seen = epoch + 1, 0  # an epoch more is finished
             if metrics["AP"] >= run.best_ap:
                 run.best_ap = metrics["AP"]
                 run.save(best)
@@ -177,7 +177,7 @@ def prepare_folders(args):
 
 
 def check_files(args, train_set, val_set, checkpoints):
-    """UserError if a checkpoint would replace the one that training starts from, or an image is missing or amiss.
+    """UserError if an image is missing or of another size, or if a checkpoint would replace the one to start from.
 
     For new runs only: it takes minutes on COCO. A resumed run stops at a broken image when it loads it.
     """
@@ -207,12 +207,12 @@ def learning_rate(args, iterations, world_size, epoch, iteration):
     lr = args.lr * args.batch_size * world_size / 32
     warmup = min(300, iterations) if args.warmup is None else args.warmup
     lr *= min(1, (epoch * iterations + iteration + 1) / max(1, warmup))
-    return lr * 0.1 ** sum(epoch >= last for last in args.multistep)
+    return lr * 0.1 ** sum(epoch >= milestone for milestone in args.multistep)
 
 
 def describe_schedule(args, iterations, schedule):
     """The schedule in one line; schedule(epoch, iteration) is the learning rate, `iterations` per epoch."""
-    starts = [0, *(last for last in sorted(args.multistep) if last < args.epochs)]
+    starts = [0, *(milestone for milestone in sorted(args.multistep) if milestone < args.epochs)]
     rates = [f"{schedule(start, 10**9):.2g} from epoch {start + 1}" for start in starts]  # long after the warm-up
     return f"{args.epochs} epochs of {iterations} iterations; learning rate after warm-up: {', '.join(rates)}"
 

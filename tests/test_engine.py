@@ -320,7 +320,7 @@ def train(model, loader, criterion, first=0, epoch=0, lr=lambda *_: 0.1, amp=Fal
 
 
 def steps_of(run, loader, criterion, lr, amp=False):
-    return train_steps(run, loader, network=run.network, criterion=criterion, learning_rate=lr, amp=amp)
+    return train_steps(run, loader, network=run.network, criterion=criterion, schedule=lr, amp=amp)
 
 
 def logged(steps):

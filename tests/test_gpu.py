@@ -49,7 +49,7 @@ def network_of(name, num_classes=4):
 def steps(network, name, scaler, count, amp, size=8):
     """Iterator over `count` training steps: (iteration, report)."""
     run = Run(name, network, make_optimizer(network), scaler, [], [], {})
-    settings = {"criterion": MultiBoxLoss(), "learning_rate": lambda *_: 1e-3, "amp": amp}
+    settings = {"criterion": MultiBoxLoss(), "schedule": lambda *_: 1e-3, "amp": amp}
     return train_steps(run, [batch(name, size)] * count, network=network, **settings)
 
 

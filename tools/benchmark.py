@@ -322,7 +322,7 @@ def training_step(args, device, name, layout=torch.channels_last):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and device.type == "cuda")
     run = Run(name, network, make_optimizer(network), scaler, [], [], {})
     loader = [batch_of(name)]
-    settings = {"criterion": MultiBoxLoss(), "learning_rate": lambda *_: 1e-4, "amp": args.amp}
+    settings = {"criterion": MultiBoxLoss(), "schedule": lambda *_: 1e-4, "amp": args.amp}
 
     def step():
         epoch = train_steps(run, loader, network=network, **settings)
