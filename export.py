@@ -56,9 +56,9 @@ after (float[D, 4] all_boxes, float[K, D] all_scores, int64[3] shape,
 {
     most = Constant <value_ints = [MAX_DETECTIONS]> ()
     one = Constant <value_ints = [1]> ()
-    class_scores, best = TopK (all_scores, most)                        # (K, 200) both
-    class_boxes = Gather (all_boxes, best)                              # (K, 200, 4)
-    nms_scores = Unsqueeze (class_scores, one)                          # (K, 1, 200)
+    class_scores, best = TopK (all_scores, most)                        # (K, most) both
+    class_boxes = Gather (all_boxes, best)                              # (K, most, 4)
+    nms_scores = Unsqueeze (class_scores, one)                          # (K, 1, most)
     kept = NonMaxSuppression (class_boxes, nms_scores, most, nms_threshold, score_threshold)
     kept_class, zero, kept_rank = Split <axis = 1, num_outputs = 3> (kept)  # (M, 1) each
     place = Concat <axis = 1> (kept_class, kept_rank)                   # (M, 2)

@@ -242,12 +242,15 @@ def run():
     except SystemExit as end:
         status = end.code
     except BaseException:
-        traceback.print_exc()
+        if sys.stderr:  # not closed
+            traceback.print_exc()
     if not any(thread.name == READER for thread in threading.enumerate()):
         sys.exit(status)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
-        with contextlib.suppress(OSError):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
             stream.flush()
+        except OSError:  # a full disk
+            status = status or 120  # as Python's own exit
     os._exit(status)
 
 

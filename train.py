@@ -63,7 +63,7 @@ def parse_args():
     add = parser.add_argument_group("running").add_argument
     add("--device", help="cpu, cuda, cuda:1 or mps (default: the CUDA GPU if there is one)")
     add("--save-folder", default="trained_models", help="checkpoints; the run in it is resumed")
-    add("--save-every", type=positive, help="also save after every so many iterations")
+    add("--save-every", type=positive, metavar="N", help="also save every N iterations (default: each epoch)")
     add("--log-path", default="tensorboard", help="TensorBoard's folder")
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # from torch.distributed.launch; LOCAL_RANK is used
     args = parser.parse_args()
@@ -122,11 +122,11 @@ def main():
     # Train and evaluate
     ddp_network = distributed.maybe_ddp(network)  # the same weights; with several processes it averages gradients
     log = open_log(Path(args.log_path) / args.model, run, per_step, iterations)
-    with stoppable.saving(run):  # saves it, too, if a broken image ends the loop
+    with stoppable.saving(run):  # also if an unreadable image or a full disk ends the loop
         for epoch in range(run.epoch, args.epochs):
             sampler.start(epoch, run.samples_seen)
             # A generator: each turn of the loop below sets the learning rate, trains one step and counts its samples.
-            # Every tenth step and the last have a report of the losses; that of the others is None.
+            # Every tenth step and the epoch's last yield a report of the losses, the others None.
             steps = train_steps(
                 run, train_loader, network=ddp_network, criterion=criterion, schedule=schedule, amp=args.amp
             )
@@ -177,7 +177,7 @@ def prepare_folders(args):
 
 
 def check_files(args, train_set, val_set, checkpoints):
-    """UserError if an image is missing or of another size, or if a checkpoint would replace the one to start from.
+    """UserError if an image is missing or broken, or if a checkpoint would replace the one that training starts from.
 
     For new runs only: it takes minutes on COCO. A resumed run stops at a broken image when it loads it.
     """

@@ -116,12 +116,12 @@ def check_model(checkpoint, model):
 
 
 def start_network(args, classes, resuming):
-    """Build the network, with ImageNet's weights or those of --pretrained-model; for a run to be resumed, with neither.
+    """The network of a new run, by default with ImageNet's weights; `Run.resume` loads those of a run to be resumed.
 
-    `Run.resume` then loads the run's own weights.
+    Only rank 0 has ImageNet's weights: DDP hands them to all processes.
     """
     imagenet = not (resuming or args.pretrained_model or args.no_pretrained_backbone)
-    if imagenet and is_main_process():  # DDP hands rank 0's weights to all
+    if imagenet and is_main_process():
         return with_imagenet(args.model, len(classes))
     network = build_model(args.model, len(classes), pretrained_backbone=False)
     if args.pretrained_model and not resuming:
@@ -152,7 +152,7 @@ def with_imagenet(model, num_classes):
 def save_checkpoint(path, state):
     """Write `state` so that `path` holds either the old checkpoint or all of the new one."""
     path = Path(path)
-    # No one else writes into it: processes on two machines may have the same number, but not the same rank.
+    # No one else writes into it: process ids may repeat on another machine; within a run, ranks do not.
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}_{distributed.rank()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def load_checkpoint(path):
             raise UserError(f"{path}: model {state['model']!r} is not one of ours; use another checkpoint")
         wrong = [key for key, kind in OUR_KEYS.items() if not isinstance(state.get(key), kind)]
         if wrong or not labels_fit(state["classes"], state["category_ids"]):
-            problem = f"{', '.join(wrong)} missing or of another type" if wrong else "classes do not fit category_ids"
+            problem = f"{', '.join(wrong)} missing or of another type" if wrong else "classes or category_ids amiss"
             raise UserError(f"{path}: model {state['model']!r}, {problem}: not one of ours; use another")
         if state["model"] == "ssdlite":  # until 2026-11 a checkpoint had no mean: it was ImageNet's
             state["model_state_dict"].setdefault("backbone.mean", torch.zeros(3, 1, 1))

@@ -38,7 +38,7 @@ def names_by_id(category_ids, classes):
 
 
 def matching_labels(classes, others):
-    """[(label among `classes`, label among `others`), ...] of the same classes, by VOC's or COCO's name for them."""
+    """[(label in `classes`, label in `others`), ...] of equal names; VOC's and COCO's for a class count as equal."""
     pairs = [(0, 0)]  # background; a category of the user's may be called so, too
     for label, name in enumerate(classes[1:], start=1):
         found = name if name in others[1:] else OTHER_NAME.get(name)

@@ -108,7 +108,7 @@ def open_store(timeout):
 
 @contextlib.contextmanager
 def report_lost_ranks():
-    """Turn the error of waiting too long for other processes into a UserError that names their ranks."""
+    """Turn the error of waiting in vain for other processes into a UserError that names their ranks, or machine."""
     try:
         yield
     except RuntimeError as error:
@@ -213,7 +213,7 @@ def maybe_ddp(network):
 
 
 def broadcast_buffers(network):
-    """Copy rank 0's buffers, batch norm's statistics, to all processes: while training, each keeps its own."""
+    """Copy rank 0's buffers, such as batch norm's statistics, to all processes: while training, each keeps its own."""
     if dist.is_initialized():
         barrier()
         for buffer in network.buffers():

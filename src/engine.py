@@ -52,9 +52,9 @@ def make_optimizer(network, momentum=0.9, weight_decay=5e-4, backbone_lr_factor=
 def train_steps(run, loader, *, network, criterion, schedule, amp=False):
     """Train on what is left of an epoch, one step for each turn of the caller's loop (a generator).
 
-    run has optimizer, scaler, epoch and samples_seen, which each step advances; loader yields images (B, 300, 300, 3)
-    uint8, loc_targets (B, D, 4), cls_targets (B, D) and image ids (B,); network is run.network, inside DDP if
-    several processes train; schedule(epoch, iteration) -> learning rate.
+    run has optimizer (from `make_optimizer`), scaler, epoch and samples_seen, which each step advances; loader
+    yields images (B, 300, 300, 3) uint8, loc_targets (B, D, 4), cls_targets (B, D) and image ids (B,); network is
+    run.network, inside DDP if several processes train; schedule(epoch, iteration) -> learning rate.
     Yields (iteration, report): after every LOG_EVERY steps report is {tag: number}, losses averaged
     since the last one; otherwise None. Raises UserError on a loss that is not finite.
     """

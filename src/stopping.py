@@ -37,10 +37,11 @@ class Stoppable:
 
     @contextlib.contextmanager
     def saving(self, run):
-        """Around the loop: `run` is what is saved."""
+        """Around the loop: `run` is what is saved. Collective: first, what killed saves left is removed."""
         self.run = run
         if self.has_lock:
             remove_leftovers(self.file, run.options.get("pretrained_model"))
+        distributed.barrier()  # only then may another process save
         usage.handle_signals(self.note)
         try:
             yield
@@ -53,7 +54,7 @@ class Stoppable:
 
     def after_step(self, logged):
         """Save and exit if any process received a signal. Collective, with the same `logged` in all processes."""
-        # CUDA is asynchronous; to wait for it at every step would stall it, so processes agree only when logging.
+        # CUDA is asynchronous; waiting for it after every step would stall it, so processes agree only when logging.
         on_gpu = next(self.run.network.parameters()).is_cuda
         if on_gpu and distributed.world_size() > 1 and not logged:
             return
@@ -113,7 +114,10 @@ def lock_checkpoint(file):
 
 
 def take_lock(file):
-    """Let no other run hold lock `file` until this process ends; returns True or False, and who else holds it or ""."""
+    """Try to hold lock `file` until this process ends.
+
+    Returns whether it does, and who else holds it ("": nobody, or that cannot be known).
+    """
     if fcntl is None:
         print_rank0(f"{file}: no locks on this system; make sure that no other run writes here")
         return False, ""
@@ -132,12 +136,16 @@ def take_lock(file):
 
 
 def remove_leftovers(file, pretrained_model):
-    """Delete what processes left that were killed as they saved checkpoint `file`, unless training starts from it."""
-    with contextlib.suppress(OSError):  # another user's, say: it is in nobody's way
+    """Delete temporary files of processes that were killed while saving checkpoint `file`, or the best one.
+
+    The file that training starts from is kept.
+    """
+    with contextlib.suppress(OSError):  # the folder cannot be listed
         for leftover in file.parent.iterdir():
             is_ours = re.fullmatch(rf"{file.stem}(_best)?\.pth\.tmp[0-9_]+", leftover.name)
             if is_ours and leftover.name != os.path.basename(pretrained_model or ""):
-                leftover.unlink()
+                with contextlib.suppress(OSError):  # another user's
+                    leftover.unlink()
 
 
 def start_worker(worker):

@@ -281,11 +281,11 @@ def test_missing_file_and_folder(tmp_path):
         ("model_state_dict", None, "model_state_dict missing"),
         ("model_state_dict", [torch.ones(1)], "model_state_dict missing or of another type"),
         ("category_ids", None, "category_ids missing"),
-        ("category_ids", [2], "classes do not fit category_ids"),
-        ("category_ids", [2, "b"], "classes do not fit category_ids"),
-        ("category_ids", [2, 2], "classes do not fit category_ids"),
-        ("classes", ["cat", "dog", "cow"], "classes do not fit category_ids"),
-        ("classes", ["background", "a", 7], "classes do not fit category_ids"),
+        ("category_ids", [2], "classes or category_ids amiss"),
+        ("category_ids", [2, "b"], "classes or category_ids amiss"),
+        ("category_ids", [2, 2], "classes or category_ids amiss"),
+        ("classes", ["cat", "dog", "cow"], "classes or category_ids amiss"),
+        ("classes", ["background", "a", 7], "classes or category_ids amiss"),
     ],
 )
 def test_our_layout_with_something_amiss_is_a_users_error(tmp_path, lite, key, value, message):

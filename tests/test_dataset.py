@@ -253,6 +253,12 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(shapes_folder, encoder):
     assert not equal(first[0, 3], other_seed[0, 3])
 
 
+def test_images_are_changed_in_their_own_ways(tmp_path, encoder):
+    small_dataset(tmp_path, images=[{"id": n, "file_name": "a.jpg", "width": 9, "height": 9} for n in (1, 2)])
+    data = CocoDataset(tmp_path, "set", encoder)
+    assert not torch.equal(torch.as_tensor(data[0, 0][0]), torch.as_tensor(data[0, 1][0]))
+
+
 def test_zoom_out_reaches_the_samples(tmp_path, encoder):
     small_dataset(tmp_path)
     plain, zoomed = (CocoDataset(tmp_path, "set", encoder, zoom_out=z) for z in (False, True))

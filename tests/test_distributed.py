@@ -137,7 +137,8 @@ def start(rank, world_size, port, jobs, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """{name of job: what it returned in each of two processes}; started once, as this takes seconds."""
-    jobs = use_everything, out_of_memory, locked_checkpoint, gradients, traffic, evaluate_share, evaluate_categories
+    jobs = use_everything, out_of_memory, locked_checkpoint, enter_loop, gradients, traffic
+    jobs += evaluate_share, evaluate_categories
     folder = tmp_path_factory.mktemp("answers")
     (folder / "ssdlite.lock").write_text("process 7 on the moon")
     with open(folder / "ssdlite.lock", "r+") as file:
@@ -186,6 +187,22 @@ def test_a_folder_in_use_ends_every_process_and_one_says_why(two):
     (kind, message), other = two["locked_checkpoint"]
     assert kind is UserError and "in use by process 7 on the moon" in message
     assert other == (SystemExit, "2")
+
+
+def enter_loop():
+    """When this process had removed what killed saves left, and when it could train."""
+    stoppable = stopping.Stoppable(Path("ssd.pth"))
+    times = []
+    with pytest.MonkeyPatch.context() as patch:
+        slow = lambda *_: (time.sleep(0.5), times.append(time.monotonic()))  # noqa: E731
+        patch.setattr(stopping, "remove_leftovers", slow)
+        with stoppable.saving(SimpleNamespace(options={})):
+            return [*times, time.monotonic()]
+
+
+def test_no_process_can_save_before_leftovers_are_removed(two):
+    (removed, first), (second,) = two["enter_loop"]
+    assert removed < first and removed < second
 
 
 # A process that does not come

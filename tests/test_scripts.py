@@ -422,7 +422,7 @@ def test_a_slow_camera_is_left_with_the_right_status(stalled, tmp_path, options,
     assert count >= 20 and (status == 2 or f"{count} frames -> " in said)
 
 
-# As the 21st frame is worked on.
+# Fails on the 21st frame.
 BUG = """
 from src.detector import Detector
 detect, calls = Detector.__call__, iter(range(20))
@@ -479,7 +479,8 @@ def test_fine_tuning_keeps_all_but_the_rows_of_new_classes(tmp_path, monkeypatch
         file.write_text(json.dumps(data))
     options = ["--pretrained-model", SHAPES, "--epochs", 1, "--lr", 0]
     assert run_here(monkeypatch, *training(other, tmp_path / "out", *options)) == 0
-    assert "these start fresh: nothing of it here\n" in capfd.readouterr().out
+    line = f"{SHAPES}: loaded (checkpoint of this project, ssdlite), class heads by name, these start fresh: nothing"
+    assert f"{line} of it here\n" in capfd.readouterr().out
     before, after = (load(file)["model_state_dict"] for file in (SHAPES, tmp_path / "out" / "ssdlite.pth"))
     for name in before:
         if name.endswith((".weight", ".bias")):  # the others are statistics of batch norm
@@ -673,7 +674,9 @@ def test_every_script_takes_a_published_checkpoint(
     }.items():
         options += more.get(script, [])
         assert run_here(monkeypatch, script, *options, "--pretrained-model", file) == 0
-        assert layout in capfd.readouterr().out, script
+        said = capfd.readouterr().out
+        assert layout in said, script
+    assert "class heads by name, none starts fresh\n" in said
     assert load(tmp_path / "new" / f"{model}.pth")["classes"] == ["background", *names]
     assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {
         *METRICS,

@@ -75,10 +75,11 @@ def test_a_signal_waits_for_the_step_then_the_run_is_saved(restored_signals, run
     assert f"stopped; saved {file}" in capfd.readouterr().out
 
 
-def test_nohup_outlives_its_terminal(restored_signals, run, tmp_path):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_nohup_or_a_shell_in_the_background_ignores_stays_ignored(restored_signals, run, tmp_path, number):
+    signal.signal(number, signal.SIG_IGN)
     with saving(run, tmp_path / "ssdlite.pth") as stoppable:
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), number)
         stoppable.after_step(None)
         assert stoppable.signals == []
 
