@@ -197,13 +197,13 @@ def spied_main(rank, world_size, port, options, aps, file):
     seen = []
     results = iter(aps)
 
-    def train_steps(run, loader, network, criterion, learning_rate, amp):
+    def train_steps(run, loader, network, criterion, schedule, amp):
         for buffer in network.buffers():  # as if this process had seen images of its own
             buffer.fill_(distributed.rank() + 1)
         ids = [image_id for batch in loader for image_id in batch[-1].tolist()]
         seen.append({"ids": ids, "ddp": isinstance(network, DistributedDataParallel)})
-        seen[-1] |= {"amp": amp, "lr": learning_rate(1, 0), "epoch": run.epoch, "first": run.samples_seen}
-        seen[-1]["lr_at_the_end"] = learning_rate(0, len(loader) - 1)
+        seen[-1] |= {"amp": amp, "lr": schedule(1, 0), "epoch": run.epoch, "first": run.samples_seen}
+        seen[-1]["lr_at_the_end"] = schedule(0, len(loader) - 1)
         seen[-1] |= {"zoom_out": loader.dataset.zoom_out, "best_ap": run.best_ap}
         return []
 
