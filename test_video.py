@@ -242,15 +242,14 @@ def run():
     except SystemExit as end:
         status = end.code
     except BaseException:
-        if sys.stderr:  # not closed
-            traceback.print_exc()
+        with contextlib.suppress(OSError):  # its disk is full
+            if sys.stderr:  # not closed
+                traceback.print_exc()
     if not any(thread.name == READER for thread in threading.enumerate()):
         sys.exit(status)
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
+        with contextlib.suppress(OSError):
             stream.flush()
-        except OSError:  # a full disk
-            status = status or 120  # as Python's own exit
     os._exit(status)
 
 

@@ -144,7 +144,7 @@ def main():
             print_rank0(f"epoch {epoch + 1}\n{metrics_table(metrics)}")
             write_evaluation(log, metrics, detections, val_set, run, (epoch + 1) * iterations)
             append_line(Path(args.save_folder) / "metrics.jsonl", {"model": args.model, "epoch": epoch + 1} | metrics)
-            run.epoch, run.samples_seen = epoch + 1, 0  # an epoch more is finished
+            run.epoch, run.samples_seen = epoch + 1, 0  # one more epoch is finished
             if metrics["AP"] >= run.best_ap:
                 run.best_ap = metrics["AP"]
                 run.save(best)

@@ -1,6 +1,7 @@
 """Command-line parsing and one-line error messages for all scripts."""
 
 import argparse
+import contextlib
 import errno
 import io
 import math
@@ -153,14 +154,20 @@ def handle_signals(handler, numbers=ENDING):
 
 
 class LossyFile(io.FileIO):
-    """A file that drops what nobody can read any more: its reader ended, its terminal closed."""
+    """A file that drops what nobody can read any more: its reader ended, its terminal closed.
+
+    Another error, such as that of a full disk, is raised once: Python would repeat it as it exits.
+    """
+
+    raised = False
 
     def write(self, data):
         """Write bytes; returns how many are done with."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
+            if error.errno not in (errno.EPIPE, errno.EIO) and not self.raised:
+                self.raised = True
                 raise
             return len(data)
 
@@ -185,6 +192,8 @@ def run(main):
         sys.stderr = lossy(sys.stderr)
     try:
         main()
+        if sys.stdout:  # not closed
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
@@ -204,5 +213,6 @@ def run(main):
 
 def complain(message):
     """Print `message` as one line on standard error; return exit status 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its disk is full
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2

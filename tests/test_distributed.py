@@ -137,8 +137,8 @@ def start(rank, world_size, port, jobs, folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """{name of job: what it returned in each of two processes}; started once, as this takes seconds."""
-    jobs = use_everything, out_of_memory, locked_checkpoint, enter_loop, gradients, traffic
-    jobs += evaluate_share, evaluate_categories
+    jobs = use_everything, out_of_memory, locked_checkpoint, gradients, traffic, evaluate_share, evaluate_categories
+    jobs += (enter_loop,)  # last, as it takes signals
     folder = tmp_path_factory.mktemp("answers")
     (folder / "ssdlite.lock").write_text("process 7 on the moon")
     with open(folder / "ssdlite.lock", "r+") as file:

@@ -435,6 +435,11 @@ def test_a_bug_while_a_camera_is_slow_has_its_traceback_and_status(stalled):
     assert ended == 1 and said.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+def test_a_bug_while_a_camera_is_slow_and_the_disk_of_its_traceback_full_has_its_status(stalled):
+    code = "import os, sys; os.environ['TQDM_DISABLE'] = '1'; sys.stderr = open('/dev/full', 'w', 1)\n" + BUG
+    assert stalled(20, signal.SIGINT, slowly=True, code=code)[0] == 1
+
+
 def test_a_closed_standard_output_does_not_hold_the_video_script(stalled, tmp_path):
     ended, _ = stalled(20, signal.SIGINT, slowly=True, code="import sys; sys.stdout = None")
     assert ended == 0 and len(frames_of(tmp_path / "a.avi")) >= 20

@@ -283,13 +283,19 @@ def test_a_line_on_standard_error_survives_a_sudden_end(unbuffered):
     assert done.returncode == 7 and done.stderr == b"told\n"
 
 
-def test_a_full_disk_under_standard_output_is_told(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("times", [1, 10**5])  # a line, which is written as the script ends; more than a buffer holds
+def test_a_full_disk_under_standard_output_is_one_line_and_status_2(times, unbuffered):
     if not Path("/dev/full").exists():
         pytest.skip("only Linux has a disk that is always full")
+    code = f"from src import usage; usage.run(lambda: print({times} * 'some text'))"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", code]
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-c", TALK, tmp_path / "file"]
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 2 and b"No space left" in done.stderr
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE)
+        untold = subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=full)
+    assert done.returncode == untold.returncode == 2
+    assert b"No space left" in done.stderr and done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "iso8859-1", "utf-8:strict"])

@@ -58,7 +58,7 @@ def parse_args():
     parser = usage.ArgumentParser(description=__doc__)
     positive = usage.number(int, 1)
     parser.add_argument("--repeats", type=positive, default=7, help="pairs of timings per stage")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: the CUDA GPU if there is one)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is such a GPU")
     parser.add_argument("--amp", action="store_true", help="ours in mixed precision; the reference stays in float32")
     parser.add_argument("--images", type=positive, default=50, help="of the validation stage")
     return parser.parse_args()
@@ -472,8 +472,6 @@ def deployment(args, folder):
 def main():
     args = parse_args()
     device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     half = torch.get_autocast_dtype(device.type) if args.amp else torch.float32
     limit = peak(half, device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
