@@ -143,7 +143,7 @@ def remove_leftovers(file, pretrained_model):
     with contextlib.suppress(OSError):  # the folder cannot be listed
         for leftover in file.parent.iterdir():
             is_ours = re.fullmatch(rf"{file.stem}(_best)?\.pth\.tmp[0-9_]+", leftover.name)
-            if is_ours and leftover.name != os.path.basename(pretrained_model or ""):
+            if is_ours and usage.file_key(leftover) != usage.file_key(pretrained_model or ""):
                 with contextlib.suppress(OSError):  # another user's
                     leftover.unlink()
 

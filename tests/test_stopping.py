@@ -44,12 +44,13 @@ def saving(run, file):
 
 
 def test_what_killed_saves_of_this_run_left_is_removed(restored_signals, run, tmp_path):
-    run.options["pretrained_model"] = str(tmp_path / "ssdlite.pth.tmp2")
+    run.options["pretrained_model"] = str(tmp_path / "link")
     kept = ["other.pth.tmp1", "ssd.pth.tmp1", "ssdlite.pth", "ssdlite.pth.tmp2", "ssdlite_mine.pth.tmp1"]
     for name in (*kept, "ssdlite.pth.tmp1", "ssdlite_best.pth.tmp22_1"):
         (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("ssdlite.pth.tmp2")
     with saving(run, tmp_path / "ssdlite.pth"):
-        assert sorted(os.listdir(tmp_path)) == sorted([*kept, "ssdlite.lock"])
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, "link", "ssdlite.lock"])
 
 
 def test_without_a_lock_nothing_is_removed(restored_signals, run, tmp_path, monkeypatch):
