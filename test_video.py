@@ -69,13 +69,12 @@ def default_output(source):
 def open_video(source):
     """The opened video and its first frame (H, W, 3) uint8 BGR, upright."""
     exists = os.path.exists(source)
+    reader = cv2.CAP_ANY
     if source.isdecimal() and not exists:
         name = int(source)
-        reader = cv2.CAP_ANY
         problem = "no such camera"
     elif is_stream(source):
         name = name_for_opencv("--input", source)
-        reader = cv2.CAP_ANY
         problem = "no video comes from there"
     elif os.path.isdir(source) or not (exists or "%" in source):
         raise UserError(f"--input {source}: no such video file")
@@ -84,8 +83,8 @@ def open_video(source):
     else:
         name = name_for_opencv("--input", source)
         problem = "not a video, or one without frames"
-        # A named pipe by FFmpeg alone: what another reader has tried to read from it would be lost.
-        reader = cv2.CAP_FFMPEG if Path(source).is_fifo() else cv2.CAP_ANY
+        if Path(source).is_fifo():  # what another reader has tried to read from it would be lost
+            reader = cv2.CAP_FFMPEG
     video = cv2.VideoCapture(name, reader)
     ok, frame = video.read()
     if not ok:

@@ -539,11 +539,6 @@ def test_weights_that_are_no_tensors_are_a_users_error(lite):
         checkpoint.load_weights(copy.deepcopy(lite), weights, "some.pth")
 
 
-def marked(model):
-    """Weights unlike those of the model in every tensor."""
-    return {name: value + 1 for name, value in model.state_dict().items()}
-
-
 @pytest.mark.parametrize(
     "name, classes, fresh",
     [

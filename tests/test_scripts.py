@@ -341,9 +341,10 @@ def link(path):
         return ""
 
 
-def send(pipe, pieces):
-    for piece in pieces:
-        os.write(pipe, piece)
+def send(pipe, data, size):
+    """Write `data`, `size` bytes at a time, slowly."""
+    for start in range(0, len(data), size):
+        os.write(pipe, data[start : start + size])
         time.sleep(0.15)
 
 
@@ -366,15 +367,12 @@ def stalled(tmp_path):
             process = subprocess.Popen(list(map(str, command)), env=env, stdout=log, stderr=log)
         try:
             if frames:
-                make_video(tmp_path / "clip.avi", 1000 if slowly else frames)
+                total = 1000 if slowly else frames
+                make_video(tmp_path / "clip.avi", total)
                 data = (tmp_path / "clip.avi").read_bytes()
-                head = len(data) * frames // 1000 if slowly else len(data)
+                head = len(data) * frames // total
                 os.write(pipe, data[:head])
-            if slowly:
-                pieces = [
-                    data[start : start + len(data) // 1000] for start in range(head, len(data), len(data) // 1000)
-                ]
-                threading.Thread(target=send, args=[pipe, pieces], daemon=True).start()
+                threading.Thread(target=send, args=[pipe, data[head:], len(data) // total], daemon=True).start()
             # Without frames: until it has opened the pipe.
             said = re.compile(rf"\b{frames}(/\d+|frame) \[" if frames else "")  # not the "5.20frame/s" of the bar
             for _ in range(600):
